@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up .venv by itself; all it needs is python3 (>= 3.10) with venv, a C++ compiler
+# and make.  PYTHON=python3.12 picks another interpreter for a new .venv.  PyPI's torch for Linux
+# brings CUDA, gigabytes of it; a machine without a GPU can do with the CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+MINIATURE := model/miniature
+
+# Small tensors gain nothing from more than four threads, and many cores then only wait.
+THREADS := $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 4 ] && echo 4 || echo $$n)
+
+.PHONY: help setup demo test lint bench bench-miniature train-miniature voice clean
+
+help:
+	@echo "make demo             a ten-second stream from bundled examples: out/demo.mp4"
+	@echo "make test             all tests (ARGS='-k layering' or ARGS=--slow are passed on)"
+	@echo "make lint             ruff, mypy, clang-format"
+	@echo "make bench            every benchmark"
+	@echo "make bench-miniature  the miniature's quality table and picture"
+	@echo "make train-miniature  train the bundled weights again"
+	@echo "make voice            speak the bundled voice again (needs espeak-ng)"
+	@echo "make clean            remove .venv, build and out"
+
+# The build tools go in first, so that the build runs with the pinned ones and without a second
+# download.  Editable: Python edits count at once, a change of csrc or pins installs again.
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+	@$(PYTHON) -c 'import sys; sys.exit("reeltime needs Python >= 3.10, this is " \
+	  + sys.version.split()[0] + ": make PYTHON=...") if sys.version_info < (3, 10) else 0'
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt scikit-build-core pybind11 ninja cmake
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev]"
+	@$(BIN)/reeltime --version
+	@touch $(STAMP)
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	mkdir -p out
+	$(BIN)/reeltime stream --out out/demo.mp4
+
+test: $(STAMP)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy python/reeltime model bench
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(BIN)/clang-format --dry-run --Werror
+
+bench: bench-miniature
+
+bench-miniature: $(STAMP)
+	$(BIN)/python -m reeltime.bench.bench_miniature
+
+train-miniature: $(STAMP)
+	$(BIN)/python -m reeltime.model.miniature.train
+
+# Synthetic speech, about ten seconds, so that nobody's voice is in the repository.
+voice:
+	mkdir -p $(MINIATURE)/examples
+	espeak-ng -v en-us -s 160 -w $(MINIATURE)/examples/voice.wav "Hello! I was drawn by a program, \
+	and this voice was made by one too. Ask me to turn, to nod, to smile or to raise my hand, \
+	and I will do it while I speak."
+
+clean:
+	rm -rf .venv build out

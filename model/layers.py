@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a Wan block.  Parameter names are those of the public checkpoints."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reeltime import attention, rope_kv
+
+from .config import ModelConfig
+
+
+def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
+    """[..., dim] float64: cos then sin of t * 10000^(-i / (dim / 2)), as Wan computes it."""
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
+    angles = timesteps.double()[..., None] * torch.pow(10000.0, -index / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class RMSNormWeight(nn.Module):
+    """Holds `weight` under the name checkpoints use; the kernels do the normalising."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class SelfAttention(nn.Module):
+    """Projections of self-attention; what is attended to belongs to the memory."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d = config.dim
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNormWeight(d), RMSNormWeight(d)
+
+
+class CrossAttention(SelfAttention):
+    """Attention to a context of text, instruction or audio tokens.
+
+    The context may differ per latent frame ([B, F, L, C]) or be shared by all ([B, 1, L, C]).
+    """
+
+    def keys_values(self, context: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        """context [B, F or 1, L, C] -> k, v [B * (F or 1), L, H, D]; once per chunk."""
+        context = context.flatten(0, 1)
+        k = rope_kv.query(
+            self.k(context), None, num_heads=self.num_heads, norm_weight=self.norm_k.weight,
+            eps=self.eps, backend=backend,
+        )[0]  # fmt: skip
+        return k, self.v(context).unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, y: Tensor, keys_values: tuple[Tensor, Tensor], backend: str) -> Tensor:
+        k, v = keys_values
+        batch, tokens, dim = y.shape
+        q = rope_kv.query(
+            self.q(y), None, num_heads=self.num_heads, norm_weight=self.norm_q.weight,
+            eps=self.eps, backend=backend,
+        )[0]  # (B, L, H, D)  # fmt: skip
+        q = q.reshape(k.shape[0], -1, *q.shape[2:])  # one row per context
+        out = attention.attention(q, k.to(q.dtype), v.to(q.dtype), backend=backend)
+        return self.o(out.reshape(batch, tokens, dim))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__(
+            nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs)
+        )
+
+
+def patchify(latents: Tensor, patch: tuple[int, int]) -> Tensor:
+    """[B, F, C, H, W] -> [B, F * (H / p) * (W / q), C * p * q], the order of Wan's Conv3d."""
+    p, q = patch
+    x = latents.unflatten(-1, (-1, q)).unflatten(-3, (-1, p))  # (B, F, C, h, p, w, q)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+
+
+def unpatchify(
+    tokens: Tensor, frames: int, grid: tuple[int, int], patch: tuple[int, int]
+) -> Tensor:
+    """[B, F * h * w, p * q * C] -> [B, F, C, h * p, w * q], the order of Wan's head."""
+    x = tokens.unflatten(-1, (*patch, -1)).unflatten(1, (frames, *grid))  # (B, F, h, w, p, q, C)
+    return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def linear_patches(weight: Tensor, bias: Tensor, patches: Tensor) -> Tensor:
+    """A stride = kernel Conv3d as the matrix product that it is."""
+    return F.linear(patches, weight.flatten(1), bias)

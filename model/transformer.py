@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wan's diffusion transformer, made causal: the same block, read through a memory.
+
+For tokens x of a chunk, timestep embedding e (six vectors per latent frame) and context c:
+
+    x = x + e2 * self_attention(LN(x) * (1 + e1) + e0)     keys and values go through the memory
+    x = x + cross_attention(LN_affine(x), c)
+    x = x + e5 * mlp(LN(x) * (1 + e4) + e3)
+
+Each residual addition is fused with the norm that follows it (`norm.gated_residual_norm`).  The
+memory decides what self-attention sees: a dense sequence (training, oracle) or the stream's cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reeltime import norm
+
+from .config import ModelConfig
+from .layers import (
+    CrossAttention,
+    FeedForward,
+    SelfAttention,
+    linear_patches,
+    patchify,
+    sinusoid,
+    unpatchify,
+)
+
+Context = list[tuple[Tensor, Tensor]]  # cross-attention keys and values of every layer
+
+
+class Memory(Protocol):
+    """What self-attention attends to."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, attn: SelfAttention) -> Tensor:
+        """Raw projections q, k, v [B, L, C] -> attention output [B, L, C] before projection."""
+        ...
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)  # affine, before cross-attention
+        self.cross_attn = CrossAttention(config)
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, L, C] residual stream
+        update: tuple[Tensor, Tensor] | None,  # (h, gate) that the previous block left to add
+        e: Tensor,  # [B, F, 6, C]
+        context: tuple[Tensor, Tensor],
+        memory: Memory,
+        layer: int,
+        backend: str,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        e0, e1, e2, e3, e4, e5 = (self.modulation[:, None] + e).unbind(2)  # (B, F, C) each
+        modulate: dict[str, Any] = {"eps": self.eps, "backend": backend}
+        if update is None:
+            y = norm.norm(x, scale=e1, shift=e0, **modulate)
+        else:
+            x, y = norm.gated_residual_norm(x, *update, scale=e1, shift=e0, **modulate)
+        attn = self.self_attn
+        a = attn.o(memory.attend(layer, attn.q(y), attn.k(y), attn.v(y), attn))
+        x, y = norm.gated_residual_norm(
+            x, a, e2, weight=self.norm3.weight, bias=self.norm3.bias, **modulate
+        )
+        c = self.cross_attn(y, context, backend)
+        x, y = norm.gated_residual_norm(x, c, None, scale=e4, shift=e3, **modulate)
+        return x, (self.ffn(y), e5)
+
+
+class Head(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        p, q = config.patch
+        self.head = nn.Linear(config.dim, p * q * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+
+class CausalTransformer(nn.Module):
+    """Wan's geometry from 4M to 14B parameters; see `ModelConfig`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config, d = config, config.dim
+        self.patch_embedding = nn.Conv3d(
+            config.in_channels, d, (1, *config.patch), (1, *config.patch)
+        )
+        self.text_embedding = FeedForward(config.text_dim, d, d)
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def embed_context(self, context: Tensor, backend: str = "auto") -> Context:
+        """Cross-attention keys and values of every layer, computed once per chunk.
+
+        Args:
+            context: [B, F or 1, L, text_dim], tokens per latent frame or shared by all of them.
+        """
+        context = self.text_embedding(context)
+        return [b.cross_attn.keys_values(context, backend) for b in self.blocks]
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        context: Context,
+        memory: Memory,
+        *,
+        backend: str = "auto",
+    ) -> Tensor:
+        """One denoising pass.
+
+        Args:
+            latents: [B, F, C, H, W], noisy latent frames.
+            timesteps: [B, F] in [0, 1000], one per latent frame.
+            context: from `embed_context`.
+            memory: where keys and values go and what queries see.
+            backend: kernel backend of every family.
+        Returns:
+            [B, F, C_out, H, W]: velocity or x0, as `config.prediction` says.
+        """
+        config = self.config
+        frames, (p, q) = latents.shape[1], config.patch
+        grid = (latents.shape[3] // p, latents.shape[4] // q)
+        dtype = self.patch_embedding.weight.dtype
+        x = linear_patches(
+            self.patch_embedding.weight, self.patch_embedding.bias, patchify(latents, config.patch)
+        )  # (B, L, d)
+        embedded = self.time_embedding(sinusoid(timesteps, config.freq_dim).to(dtype))  # (B, F, d)
+        e = self.time_projection(embedded).unflatten(-1, (6, -1))  # (B, F, 6, d)
+        update: tuple[Tensor, Tensor] | None = None
+        for layer, block in enumerate(self.blocks):
+            x, update = block(x, update, e, context[layer], memory, layer, backend)
+        shift, scale = (self.head.modulation[:, None] + embedded[:, :, None]).unbind(2)
+        assert update is not None, "a transformer has at least one block"
+        _, y = norm.gated_residual_norm(
+            x, *update, scale=scale, shift=shift, eps=config.eps, backend=backend
+        )
+        return unpatchify(
+            F.linear(y, self.head.head.weight, self.head.head.bias), frames, grid, config.patch
+        )

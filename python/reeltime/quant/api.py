@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quant: dynamic per-block quantisation to INT8 or FP8, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reeltime import checks
+from reeltime.backends import Op
+from reeltime.checks import Tolerance
+from reeltime.quant import reference
+from reeltime.quant.reference import BLOCK_K
+
+BLOCK_ROWS = (1, 128)
+FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+# Error of dequantize(quantize(x)) on any input, by format: half a step of amax / 127, and e4m3's
+# three mantissa bits.  A block of outliers spends the step on them, hence the peaks.
+TOLERANCE = {"int8": Tolerance(0.02, 0.05), "fp8": Tolerance(0.04, 0.5)}
+
+
+def scale_shape(rows: int, columns: int, block_rows: int) -> tuple[int, int]:
+    """[ceil(M / bm), ceil(K / 128)]."""
+    return -(-rows // block_rows), -(-columns // BLOCK_K)
+
+
+def flops(M: int, K: int) -> int:
+    """abs, max, divide and round, per element."""
+    return 4 * M * K
+
+
+def bytes(M: int, K: int, *, itemsize: int = 2, block_rows: int = 1) -> int:
+    """Read x once, write xq and its scales once."""
+    blocks, columns = scale_shape(M, K, block_rows)
+    return M * K * (itemsize + 1) + 4 * blocks * columns
+
+
+def _fake_quantize(x: Tensor, dtype: torch.dtype, block_rows: int) -> tuple[Tensor, Tensor]:
+    scale = scale_shape(x.shape[0], x.shape[1], block_rows)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(scale, dtype=torch.float32)
+
+
+def _fake_dequantize(xq: Tensor, x_scale: Tensor, block_rows: int, dtype: torch.dtype) -> Tensor:
+    return xq.new_empty(xq.shape, dtype=dtype)
+
+
+QUANTIZE = Op(
+    "quant",
+    "quantize(Tensor x, ScalarType dtype, int block_rows, str backend) -> (Tensor, Tensor)",
+    reference.quantize,
+    _fake_quantize,
+    differentiable=False,
+)
+DEQUANTIZE = Op(
+    "quant",
+    "dequantize(Tensor xq, Tensor x_scale, int block_rows, ScalarType dtype, str backend) "
+    "-> Tensor",
+    reference.dequantize,
+    _fake_dequantize,
+)
+
+
+def quantize(
+    x: Tensor,
+    *,
+    dtype: torch.dtype = torch.int8,
+    block_rows: int = 1,
+    backend: str = "auto",
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dynamic per-block quantisation.
+
+    x_scale[i, j] = amax(block i, j of x) / limit;   xq = round(x / x_scale)
+    with blocks of block_rows x 128 and limit = 127 (INT8) or 448 (e4m3fn), ragged at the edges.
+
+    Args:
+        x: [M, K] floating point, K contiguous.
+        dtype: torch.int8 or torch.float8_e4m3fn.
+        block_rows: 1 (per token) or 128 (per block).
+        out: optional (xq, x_scale), written in place.
+        backend: "auto", "reference", "triton" or "cuda".
+    Returns:
+        xq [M, K] of dtype, x_scale [ceil(M / block_rows), ceil(K / 128)] float32.
+        A block of zeros has scale 1 and stores zeros.  A block that holds NaN or Inf has scale NaN
+        and stores zeros, so that all of it is NaN again once dequantised.
+    Raises:
+        ValueError: names the argument, what was expected, what came.
+        UnsupportedArchError: lists what this build can run.
+    Accumulation: float32 (division in float64 for float64).  Rounding: to nearest even.
+    Graph-safe: yes.  Source: Vidu S1, section 2.3.2.
+    """
+    checks.tensor("x", x, 2, "[M, K]")
+    checks.dtype("x", x, checks.FLOATS)
+    checks.dense_last("x", x)
+    checks.choice("dtype", dtype, checks.INT8_OR_FP8)
+    checks.choice("block_rows", block_rows, BLOCK_ROWS)
+    if out is not None:
+        checks.output("out[0]", out[0], x.shape, dtype)
+        checks.output(
+            "out[1]", out[1], scale_shape(x.shape[0], x.shape[1], block_rows), torch.float32
+        )
+    xq, x_scale = QUANTIZE(backend, x.device, x, dtype, block_rows)
+    if out is None:
+        return xq, x_scale
+    return out[0].copy_(xq), out[1].copy_(x_scale)
+
+
+def dequantize(
+    xq: Tensor,
+    x_scale: Tensor,
+    *,
+    block_rows: int = 1,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """xq * x_scale, block by block: the inverse of quantize up to rounding.
+
+    Args:
+        xq: [M, K] int8 or float8_e4m3fn.
+        x_scale: [ceil(M / block_rows), ceil(K / 128)] float32, finite.
+        block_rows: as given to quantize.
+        dtype: of the result, floating point.
+        out: optional [M, K] of dtype, written in place.
+        backend: "auto", "reference", "triton" or "cuda".
+    Returns:
+        [M, K] of dtype, or out.  A NaN scale gives a block of NaN.
+    Raises:
+        ValueError: names the argument, what was expected, what came.
+        UnsupportedArchError: lists what this build can run.
+    Accumulation: float32 (float64 if dtype is).  Graph-safe: yes.
+    """
+    checks.tensor("xq", xq, 2, "[M, K]")
+    checks.dtype("xq", xq, checks.INT8_OR_FP8)
+    checks.choice("block_rows", block_rows, BLOCK_ROWS)
+    checks.choice("dtype", dtype, checks.FLOATS)
+    checks.tensor("x_scale", x_scale, 2, "[ceil(M / bm), ceil(K / 128)]")
+    want = scale_shape(xq.shape[0], xq.shape[1], block_rows)
+    checks.shape("x_scale", x_scale, want, "[ceil(M / bm), ceil(K / 128)]")
+    checks.dtype("x_scale", x_scale, (torch.float32,))
+    checks.device("x_scale", x_scale, xq, "xq")
+    checks.output("out", out, xq.shape, dtype)
+    x = DEQUANTIZE(backend, xq.device, xq, x_scale, block_rows, dtype)
+    return x if out is None else out.copy_(x)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every test sees poisoned memory: whatever torch.empty returns is NaN until it is written."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.utils._device
+
+# Each allocates without writing.
+POISONED = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+
+
+def poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`allocate`, with its floating-point results filled with NaN."""
+
+    @functools.wraps(allocate)
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point():
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return poisoned
+
+
+# torch remembers, at first use, which functions `with torch.device(...)` redirects: make it
+# remember the real ones, or `meta` would allocate memory in a poisoned test.
+torch.utils._device._device_constructors()
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in POISONED:
+        monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    no_slow = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(no_slow)
