@@ -15,6 +15,10 @@ class ModelConfig:
         in_channels, out_channels: channels of a latent frame.
         patch: latent rows and columns per token (time is never patched).
         text_dim: width of the cross-attention context before its embedding.
+        text_len: rows that a context is padded to with zeros before its embedding, as Wan was
+            trained (an embedded zero row is not zero, and is attended to); 0 pads nothing.
+        image_dim: width of the picture's CLIP features, a second context of Wan 2.1's
+            image-to-video checkpoints; 0 where there is none.
         freq_dim: width of the sinusoidal timestep embedding.
         prediction: "velocity" (noise - x0, Wan) or "x0" (the miniature: a token of clean data has
             far fewer degrees of freedom than one of noise; Li and He, arXiv 2511.13720).
@@ -38,6 +42,8 @@ class ModelConfig:
     shift: float = 5.0
     chunk: int = 3
     window: int = 21
+    text_len: int = 0
+    image_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -56,9 +62,9 @@ class ModelConfig:
 PRESETS = {
     c.name: c
     for c in (
-        ModelConfig("wan-1.3b", 1536, 12, 8960, 30, 16, 16),
-        ModelConfig("wan-5b", 3072, 24, 14336, 30, 48, 48),
-        ModelConfig("wan-14b", 5120, 40, 13824, 40, 16, 16),
+        ModelConfig("wan-1.3b", 1536, 12, 8960, 30, 16, 16, text_len=512),
+        ModelConfig("wan-5b", 3072, 24, 14336, 30, 48, 48, text_len=512),
+        ModelConfig("wan-14b", 5120, 40, 13824, 40, 16, 16, text_len=512),
         ModelConfig(
             "miniature", 192, 3, 768, 6, 64, 64,
             text_dim=48, prediction="x0", chunk=2, window=9,

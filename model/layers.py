@@ -43,27 +43,53 @@ class CrossAttention(SelfAttention):
     """Attention to a context of text, instruction or audio tokens.
 
     The context may differ per latent frame ([B, F, L, C]) or be shared by all ([B, 1, L, C]).
+    Image-to-video checkpoints attend to a picture as well, with the same queries.
     """
 
-    def keys_values(self, context: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-        """context [B, F or 1, L, C] -> k, v [B * (F or 1), L, H, D]; once per chunk."""
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.image_dim:
+            self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
+            self.norm_k_img = RMSNormWeight(config.dim)
+
+    def keys_values(
+        self, context: Tensor, backend: str, image: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """context [B, F or 1, L, C] -> k, v [B * (F or 1), L, H, D]; once per chunk.
+
+        An image [B, 1, L', C] adds its own pair.
+        """
+        pairs = self._pair(context, self.k, self.v, self.norm_k, backend)
+        if image is not None:
+            pairs += self._pair(image, self.k_img, self.v_img, self.norm_k_img, backend)
+        return pairs
+
+    def _pair(
+        self, context: Tensor, to_k: nn.Module, to_v: nn.Module, norm: RMSNormWeight, backend: str
+    ) -> tuple[Tensor, ...]:
         context = context.flatten(0, 1)
         k = rope_kv.query(
-            self.k(context), None, num_heads=self.num_heads, norm_weight=self.norm_k.weight,
+            to_k(context), None, num_heads=self.num_heads, norm_weight=norm.weight,
             eps=self.eps, backend=backend,
         )[0]  # fmt: skip
-        return k, self.v(context).unflatten(-1, (self.num_heads, -1))
+        return k, to_v(context).unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, y: Tensor, keys_values: tuple[Tensor, Tensor], backend: str) -> Tensor:
-        k, v = keys_values
+    def forward(self, y: Tensor, keys_values: tuple[Tensor, ...], backend: str) -> Tensor:
         batch, tokens, dim = y.shape
         q = rope_kv.query(
             self.q(y), None, num_heads=self.num_heads, norm_weight=self.norm_q.weight,
             eps=self.eps, backend=backend,
         )[0]  # (B, L, H, D)  # fmt: skip
-        q = q.reshape(k.shape[0], -1, *q.shape[2:])  # one row per context
-        out = attention.attention(q, k.to(q.dtype), v.to(q.dtype), backend=backend)
+        k, v, *image = keys_values
+        out = self._attend(q, k, v, backend)
+        if image:
+            out = out + self._attend(q, image[0], image[1], backend)
         return self.o(out.reshape(batch, tokens, dim))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        rows = q.reshape(k.shape[0], -1, *q.shape[2:])  # one row per context
+        out = attention.attention(rows, k.to(q.dtype), v.to(q.dtype), backend=backend)
+        return out.reshape(q.shape)
 
 
 class FeedForward(nn.Sequential):
@@ -71,6 +97,24 @@ class FeedForward(nn.Sequential):
         super().__init__(
             nn.Linear(inputs, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, outputs)
         )
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features of a picture [B, L, image_dim] -> [B, L, C]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inputs, d = config.image_dim, config.dim
+        self.proj = nn.Sequential(
+            nn.LayerNorm(inputs),
+            nn.Linear(inputs, inputs),
+            nn.GELU(),
+            nn.Linear(inputs, d),
+            nn.LayerNorm(d),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(features)
 
 
 def patchify(latents: Tensor, patch: tuple[int, int]) -> Tensor:

@@ -25,6 +25,7 @@ from .config import ModelConfig
 from .layers import (
     CrossAttention,
     FeedForward,
+    ImageEmbedding,
     SelfAttention,
     linear_patches,
     patchify,
@@ -32,7 +33,7 @@ from .layers import (
     unpatchify,
 )
 
-Context = list[tuple[Tensor, Tensor]]  # cross-attention keys and values of every layer
+Context = list[tuple[Tensor, ...]]  # cross-attention keys and values of every layer
 
 
 class Memory(Protocol):
@@ -58,7 +59,7 @@ class Block(nn.Module):
         x: Tensor,  # [B, L, C] residual stream
         update: tuple[Tensor, Tensor] | None,  # (h, gate) that the previous block left to add
         e: Tensor,  # [B, F, 6, C]
-        context: tuple[Tensor, Tensor],
+        context: tuple[Tensor, ...],
         memory: Memory,
         layer: int,
         backend: str,
@@ -97,6 +98,8 @@ class CausalTransformer(nn.Module):
             config.in_channels, d, (1, *config.patch), (1, *config.patch)
         )
         self.text_embedding = FeedForward(config.text_dim, d, d)
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
         self.time_embedding = nn.Sequential(
             nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d)
         )
@@ -104,14 +107,32 @@ class CausalTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
 
-    def embed_context(self, context: Tensor, backend: str = "auto") -> Context:
+    def embed_context(
+        self, context: Tensor, backend: str = "auto", *, image: Tensor | None = None
+    ) -> Context:
         """Cross-attention keys and values of every layer, computed once per chunk.
 
         Args:
             context: [B, F or 1, L, text_dim], tokens per latent frame or shared by all of them.
+            image: [B, 1, L', image_dim], features of a picture, for checkpoints that have them.
+        Raises:
+            ValueError: more tokens than text_len, or an image too many or missing.
         """
+        config = self.config
+        if config.text_len:
+            missing = config.text_len - context.shape[-2]
+            if missing < 0:
+                raise ValueError(
+                    f"context: expected at most {config.text_len} tokens, got {context.shape[-2]}"
+                )
+            context = F.pad(context, (0, 0, 0, missing))
+        if (image is None) != (config.image_dim == 0):
+            expected = f"[B, 1, L, {config.image_dim}]" if config.image_dim else "None"
+            got = None if image is None else list(image.shape)
+            raise ValueError(f"image: {config.name} expected {expected}, got {got}")
         context = self.text_embedding(context)
-        return [b.cross_attn.keys_values(context, backend) for b in self.blocks]
+        image = None if image is None else self.img_emb(image)
+        return [b.cross_attn.keys_values(context, backend, image) for b in self.blocks]
 
     def forward(
         self,

@@ -180,7 +180,7 @@ def test_pv_skip_leaves_out_far_blocks_but_counts_them():
     v = torch.tensor([1.0, 2.0, 1000.0], dtype=D64).view(1, 3, 1, 1)
     csr = sla.block_mask(q[:, :1], k, topk=3)
     weights = k.flatten().softmax(0)
-    blocks = {"block_q": 2, "block_k": 1, "sm_scale": 1.0}
+    blocks = {"block_q": 3, "block_k": 1, "sm_scale": 1.0}  # a ragged query block
     kept = sla.sparse_attention(q, k, v, csr, **blocks, pv_skip=5.1)
     assert torch.allclose(kept, (weights @ v.flatten()).expand_as(kept))
     skipped = sla.sparse_attention(q, k, v, csr, **blocks, pv_skip=4.9)

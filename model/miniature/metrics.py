@@ -172,7 +172,7 @@ class MouthReader:
         yaw, pitch, roll, smile = poses[:, :4].T[:, :, None].astype(np.float64)
         # The inverse of the renderer's head and mouth frames.
         width = 1 + 0.035 / 0.150 * smile
-        hx = self.x * width
+        hx = self.x * width + 0.11 * yaw
         hy = self.y + 0.285 + 0.06 * pitch + 0.015 * smile - 1.9 * smile * (self.x * width) ** 2
         hx, hy = hx + 0.05 * yaw, hy - 0.60 + 0.04 * pitch
         c, s = np.cos(0.32 * roll), np.sin(0.32 * roll)

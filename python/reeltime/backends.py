@@ -30,7 +30,7 @@ class Row:
     backend: str
     device_types: tuple[str, ...] = ()
 
-    def serves(self, device: torch.device) -> bool:
+    def runs_on(self, device: torch.device) -> bool:
         return not self.device_types or device.type in self.device_types
 
 
@@ -46,13 +46,13 @@ def resolve(family: str, backend: str, device: torch.device) -> str:
         UnsupportedArchError: no row of TABLE serves this family, backend and device.
     """
     for row in TABLE:
-        if row.family == family and backend in ("auto", row.backend) and row.serves(device):
+        if row.family == family and backend in ("auto", row.backend) and row.runs_on(device):
             return row.backend
     from reeltime import arch, checks
 
     checks.choice("family", family, FAMILIES)
     checks.choice("backend", backend, BACKENDS)
-    served = [row.backend for row in TABLE if row.family == family and row.serves(device)]
+    served = [row.backend for row in TABLE if row.family == family and row.runs_on(device)]
     offer = " or ".join(f"backend={name!r}" for name in served) or "another device"
     raise arch.UnsupportedArchError(
         f"backend: {backend!r} cannot serve {family} on {device} in this build. Pass {offer}, or "
@@ -98,23 +98,32 @@ class Op:
         self.name = schema.split("(")[0]
         self.reference = reference
         self.kernels: dict[str, Callable[..., Any]] = {"reference": reference}
-        LIBRARY.define(schema)
-        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
-        name = f"reeltime::{self.name}"
-        torch.library.register_fake(name, lambda *args: fake(*args[:-1]), lib=LIBRARY)
+        self.overload = self.forward = self._register(self.name, schema, fake)
         if differentiable:
             torch.library.register_autograd(
-                name, self._backward, setup_context=self._save, lib=LIBRARY
+                f"reeltime::{self.name}", self._backward, setup_context=self._save, lib=LIBRARY
             )
-        self.overload = getattr(torch.ops.reeltime, self.name).default
+            # The hop through autograd doubles the cost of a call, even where nothing needs a
+            # gradient: without grad mode, calls go to a twin that has no such registration.
+            twin = f"{self.name}_forward"
+            self.forward = self._register(twin, schema.replace(self.name, twin, 1), fake)
         OPS[self.name] = self
 
-    def __call__(self, backend: str, device: torch.device, *args: Any) -> Any:
+    def _register(self, name: str, schema: str, fake: Callable[..., Any]) -> Any:
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"reeltime::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY
+        )
+        return getattr(torch.ops.reeltime, name).default
+
+    def run(self, backend: str, device: torch.device, *args: Any) -> Any:
         """Run on what `backend` resolves to: the reference directly, a kernel behind the op."""
         chosen = resolve(self.family, backend, device)
         if chosen == "reference":
             return self.reference(*args)
-        return self.overload(*args, chosen)
+        op = self.overload if torch.is_grad_enabled() else self.forward
+        return op(*args, chosen)
 
     def _run(self, *args: Any) -> Any:
         return self.kernels[args[-1]](*args[:-1])

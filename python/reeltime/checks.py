@@ -70,7 +70,7 @@ def device(argument: str, x: torch.Tensor, like: torch.Tensor, like_name: str) -
 
 def dense_last(argument: str, x: torch.Tensor) -> None:
     """The last dimension of `x` is contiguous; every other stride is free."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    if not x.is_contiguous() and x.stride(-1) != 1 and x.shape[-1] > 1:
         fail(
             argument,
             "a contiguous last dimension (stride 1)",
@@ -124,13 +124,16 @@ def qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """q, k, v agree as [B, S, H, D] with grouped heads."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         tensor(name, x, 4, "[B, S, H, D]")
-        dtype(name, x, FLOATS if x is q else (q.dtype,))
         dense_last(name, x)
+    dtype("q", q, FLOATS)
+    for name, x in (("k", k), ("v", v)):
+        dtype(name, x, (q.dtype,))
         device(name, x, q, "q")
     batch, _, heads, dim = q.shape
-    divides("k (its heads H_kv)", k.shape[2], heads, "H of q")
-    shape("k", k, (batch, k.shape[1], k.shape[2], dim), "[B, S_kv, H_kv, D]")
-    shape("v", v, (*k.shape[:3], v.shape[3]), "[B, S_kv, H_kv, D_v]")
+    _, length, heads_kv, _ = k.shape
+    divides("k (its heads H_kv)", heads_kv, heads, "H of q")
+    shape("k", k, (batch, length, heads_kv, dim), "[B, S_kv, H_kv, D]")
+    shape("v", v, (batch, length, heads_kv, v.shape[3]), "[B, S_kv, H_kv, D_v]")
 
 
 def segments(

@@ -180,7 +180,7 @@ class Run:
     ending: Ending
     lines: TypedLines | None = None
     digest: Any = None
-    ttff_ms: float | None = None
+    ttff_ms: float | None = None  # from the picture in memory to the first frames in memory
     latency_ms: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
     frames_timed: int = 0  # after the warm-up, where there are any
     seconds_timed: float = 0.0  # that they took: wall time, pauses left out
@@ -202,7 +202,7 @@ class Run:
             if self.ending.event.is_set():
                 break
             self._next_chunk(start)
-            if self.writer.frames == WARM_UP * self.chunk:
+            if self.writer.frames == WARM_UP * self.chunk and self.left() > 0:
                 self.frames_timed, self._since = 0, time.perf_counter()
             recent.append((time.perf_counter(), self.writer.frames))
             if bar and task is not None:
@@ -229,13 +229,13 @@ class Run:
         if self.digest:
             self.digest.update(pixels.tobytes())
         self.writer.write(pixels, samples)
-        self.frames_timed += keep
+        self.frames_timed += self.chunk  # made, though the end may cut some off
 
     def left(self) -> float:
         return math.inf if self.frames is None else self.frames - self.writer.frames
 
     def fps(self) -> float | None:
-        """Frames over wall time, the writing of the video included."""
+        """Frames made over wall time, the writing of the video included."""
         return self.frames_timed / self.seconds_timed if self.frames_timed else None
 
     def _keep_pace(self, start: float) -> None:

@@ -141,7 +141,8 @@ def attention(
     Source: SageAttention 2 (arXiv 2411.10958), the mean per block instead of per sequence.
     """
     checks.qkv(q, k, v)
-    checks.choice("causal", causal, tuple(CAUSAL))
+    if causal not in CAUSAL:
+        checks.choice("causal", causal, tuple(CAUSAL))
     checks.choice("qk", qk, (None, "int8", "fp8"))
     checks.choice("pv", pv, (None, "fp8", "fp16"))
     checks.choice("smooth", smooth, (None, "block", "sequence"))
@@ -149,7 +150,7 @@ def attention(
         _check_mask(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q)
     scale = checks.softmax_scale(sm_scale, q.shape[3])
     options = (scale, CAUSAL[causal], qk, pv, smooth, return_lse)
-    y, lse = ATTENTION(backend, q.device, q, k, v, mask, *options)
+    y, lse = ATTENTION.run(backend, q.device, q, k, v, mask, *options)
     return _result(y, lse, return_lse, out)
 
 
@@ -211,7 +212,7 @@ def segment_attention(
             f"a {cache.format} cache",
             'Pass what rope_kv.query(quantize="int8") returns, or leave both out.',
         )
-    y, lse = SEGMENT_ATTENTION(
+    y, lse = SEGMENT_ATTENTION.run(
         backend,
         q.device,
         *(q, q_int8, q_scale, cache.k, cache.v, cache.k_scale, _mean(cache), cache.v_scale),

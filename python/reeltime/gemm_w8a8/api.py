@@ -190,10 +190,10 @@ def gemm_w8a8(
     arguments = (a, b, a_scale, b_scale, bias, residual, gate, block_rows, epilogue)
     if requantize is None:
         checks.output("out", out, (M, N), out_dtype)
-        y = GEMM(backend, a.device, *arguments, out_dtype)
+        y = GEMM.run(backend, a.device, *arguments, out_dtype)
         return y if out is None else out.copy_(y)
     checks.choice("requantize", requantize, (None, *FORMATS))
-    yq, y_scale = GEMM_REQUANTIZED(backend, a.device, *arguments, FORMATS[requantize])
+    yq, y_scale = GEMM_REQUANTIZED.run(backend, a.device, *arguments, FORMATS[requantize])
     if out is None:
         return yq, y_scale
     checks.output("out[0]", out[0], yq.shape, yq.dtype)

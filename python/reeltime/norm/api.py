@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -93,11 +94,21 @@ GATED_QUANTIZED = Op(
 
 
 def _check_per_frame(name: str, value: Tensor, x: Tensor) -> None:
-    checks.tensor(name, value, 3, "[B, F, C]")
-    batch, length, channels = x.shape
-    checks.shape(name, value, (batch, value.shape[1], channels), "[B, F, C]")
-    checks.divides(f"{name} (its frames F)", value.shape[1], length, "L of x")
-    checks.device(name, value, x, "x")
+    """[B, F, C] with L % F == 0.  The first line is all that a good argument costs."""
+    have, (batch, length, channels) = value.shape, x.shape
+    if len(have) != 3 or have != (batch, have[1], channels) or not have[1] or length % have[1]:
+        checks.tensor(name, value, 3, "[B, F, C]")
+        checks.shape(name, value, (batch, have[1], channels), "[B, F, C]")
+        checks.divides(f"{name} (its frames F)", have[1], length, "L of x")
+    if value.device != x.device:
+        checks.device(name, value, x, "x")
+
+
+def _check_vector(name: str, value: Tensor, x: Tensor) -> None:
+    if value.shape != x.shape[2:]:
+        checks.shape(name, value, x.shape[2:], "[C]")
+    if value.device != x.device:
+        checks.device(name, value, x, "x")
 
 
 def _check(
@@ -112,20 +123,23 @@ def _check(
     block_rows: int,
 ) -> None:
     checks.tensor("x", x, 3, "[B, L, C]")
-    checks.dtype("x", x, checks.FLOATS)
+    if x.dtype not in checks.FLOATS:
+        checks.dtype("x", x, checks.FLOATS)
     checks.dense_last("x", x)
-    checks.choice("kind", kind, KINDS)
-    checks.positive("eps", eps)
+    if kind not in KINDS:
+        checks.choice("kind", kind, KINDS)
+    if not 0 < eps < math.inf:
+        checks.positive("eps", eps)
     if weight is not None:
-        checks.shape("weight", weight, x.shape[-1:], "[C]")
-        checks.device("weight", weight, x, "x")
+        _check_vector("weight", weight, x)
     if bias is not None:
-        checks.shape("bias", bias, x.shape[-1:], "[C]")
-        checks.device("bias", bias, x, "x")
+        _check_vector("bias", bias, x)
     if scale is not None:
         _check_per_frame("scale", scale, x)
-    if shift is not None:
+    if shift is not None and (scale is None or shift.shape != scale.shape):
         _check_per_frame("shift", shift, x)
+    elif shift is not None and shift.device != x.device:
+        checks.device("shift", shift, x, "x")
     if quantize is not None:
         checks.choice("quantize", quantize, tuple(FORMATS))
         checks.choice("block_rows", block_rows, BLOCK_ROWS)
@@ -183,11 +197,11 @@ def norm(
     Source: Peebles and Xie, Scalable Diffusion Models with Transformers (adaLN).
     """
     _check(x, kind, weight, bias, scale, shift, eps, quantize, block_rows)
-    options = (kind, weight, bias, scale, shift, eps)
     if quantize is None:
-        y = NORM(backend, x.device, x, *options)
+        y = NORM.run(backend, x.device, x, kind, weight, bias, scale, shift, eps)
     else:
-        y = NORM_QUANTIZED(backend, x.device, x, FORMATS[quantize], block_rows, *options)
+        options = (FORMATS[quantize], block_rows, kind, weight, bias, scale, shift, eps)
+        y = NORM_QUANTIZED.run(backend, x.device, x, *options)
     return y if out is None else _results(y, out)
 
 
@@ -232,9 +246,9 @@ def gated_residual_norm(
         _check_per_frame("gate", gate, x)
     options = (kind, weight, bias, scale, shift, eps)
     if quantize is None:
-        results = GATED(backend, x.device, x, h, gate, *options)
+        results = GATED.run(backend, x.device, x, h, gate, *options)
     else:
-        results = GATED_QUANTIZED(
+        results = GATED_QUANTIZED.run(
             backend, x.device, x, h, gate, FORMATS[quantize], block_rows, *options
         )
     return results if out is None else _results(results, out)

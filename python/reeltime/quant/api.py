@@ -100,7 +100,7 @@ def quantize(
         checks.output(
             "out[1]", out[1], scale_shape(x.shape[0], x.shape[1], block_rows), torch.float32
         )
-    xq, x_scale = QUANTIZE(backend, x.device, x, dtype, block_rows)
+    xq, x_scale = QUANTIZE.run(backend, x.device, x, dtype, block_rows)
     if out is None:
         return xq, x_scale
     return out[0].copy_(xq), out[1].copy_(x_scale)
@@ -141,5 +141,5 @@ def dequantize(
     checks.dtype("x_scale", x_scale, (torch.float32,))
     checks.device("x_scale", x_scale, xq, "xq")
     checks.output("out", out, xq.shape, dtype)
-    x = DEQUANTIZE(backend, xq.device, xq, x_scale, block_rows, dtype)
+    x = DEQUANTIZE.run(backend, xq.device, xq, x_scale, block_rows, dtype)
     return x if out is None else out.copy_(x)

@@ -203,7 +203,8 @@ def _check_projection(name: str, x: Tensor, num_heads: int, norm_weight: Tensor 
     checks.tensor(name, x, 3, "[B, L, C]")
     checks.dtype(name, x, checks.FLOATS)
     checks.dense_last(name, x)
-    checks.divides("num_heads", num_heads, x.shape[2], f"C of {name}")
+    if num_heads <= 0 or x.shape[2] % num_heads:
+        checks.divides("num_heads", num_heads, x.shape[2], f"C of {name}")
     if norm_weight is not None:
         checks.shape("norm_weight", norm_weight, x.shape[-1:], "[C]")
         checks.device("norm_weight", norm_weight, x, name)
@@ -322,9 +323,9 @@ def query(
         _check_table(table, want, "[O, L, D / 2, 2]", q)
     options = (table, num_heads, norm_weight, eps, sm_scale)
     if quantize is None:
-        return QUERY(backend, q.device, q, *options)
+        return QUERY.run(backend, q.device, q, *options)
     checks.choice("quantize", quantize, (None, "int8"))
-    return QUERY_INT8(backend, q.device, q, *options)
+    return QUERY_INT8.run(backend, q.device, q, *options)
 
 
 def write(
@@ -377,7 +378,7 @@ def write(
         _check_even(dim)
         _check_table(table, (want[1], dim // 2, 2), "[F * N, D / 2, 2]", k)
     try:
-        WRITE(
+        WRITE.run(
             backend,
             k.device,
             *(k, v, slots, table, norm_weight, num_heads, eps, cache.phi),
@@ -415,5 +416,5 @@ def rope_on_cache(
     _check_even(dim)
     _check_table(table, (steps * tokens, dim // 2, 2), "[T * N, D / 2, 2]", k_raw)
     checks.output("out", out, k_raw.shape, k_raw.dtype)
-    rotated = ROPE_ON_CACHE(backend, k_raw.device, k_raw, table)
+    rotated = ROPE_ON_CACHE.run(backend, k_raw.device, k_raw, table)
     return rotated if out is None else out.copy_(rotated)

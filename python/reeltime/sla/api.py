@@ -243,7 +243,7 @@ def block_mask(
     bounded = topp is None and similar_q is None and similar_k is None
     capacity = selection[0] if bounded and selection[0] is not None else columns
     scale = checks.softmax_scale(sm_scale, dim)
-    both = BLOCK_MASK(
+    both = BLOCK_MASK.run(
         backend,
         pooled_q.device,
         *(pooled_q, pooled_k, similar_q, similar_k, *selection, scale, capacity),
@@ -300,7 +300,7 @@ def sparse_attention(
         checks.fail("pv_skip", "a distance > 0", pv_skip, "Leave it out to skip nothing.")
     scale = checks.softmax_scale(sm_scale, q.shape[3])
     options = (*csr, block_q, block_k, scale, pv_skip)
-    out, lse = SPARSE_ATTENTION(backend, q.device, q, k, v, *options)
+    out, lse = SPARSE_ATTENTION.run(backend, q.device, q, k, v, *options)
     return (out, lse) if return_lse else out
 
 
@@ -357,7 +357,7 @@ def linear_attention(
     if csr is not None:
         _check_csr(csr, q.shape[0], q.shape[2], -(-q.shape[1] // block_q))
     lists = (None, None) if csr is None else csr
-    return LINEAR_ATTENTION(backend, q.device, q, h, z, *lists, over, block_q, phi, eps)
+    return LINEAR_ATTENTION.run(backend, q.device, q, h, z, *lists, over, block_q, phi, eps)
 
 
 def sla(
@@ -409,7 +409,7 @@ def sla(
     checks.at_least("block_k", block_k, 1)
     _check_branch(over, phi, eps, block_q, pv_skip, proj_weight, proj_bias, v.shape[3])
     selection = _selection(topk, topp, negligible, -(-k.shape[1] // block_k))
-    y = SLA(
+    y = SLA.run(
         backend,
         q.device,
         *(q, k, v, proj_weight, proj_bias, *selection, over, similarity, pv_skip),
@@ -488,7 +488,7 @@ def segment_sla(
     _check_branch(over, cache.phi, eps, block_q, pv_skip, proj_weight, proj_bias, dim)
     blocks = block_table.shape[0] * cache.k_mean.shape[2]
     selection = _selection(topk, topp, negligible, blocks)
-    y = SEGMENT_SLA(
+    y = SEGMENT_SLA.run(
         backend,
         q.device,
         *(q, cache.k, cache.v, cache.k_scale, cache.k_mean, cache.v_scale, cache.h, cache.z),

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inputs that every op is checked on: an ordinary one, and those that break kernels."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KINDS = {
+    "normal": "independent Gaussians",
+    "outlier": "every 16th channel is 20 + 3 x, with a sign of its own, in keys, values and x",
+    "constant": "all tokens equal",
+    "constant_k": "all keys equal",
+    "constant_v": "all values equal",
+    "zero_block": "the first 128 tokens are zero",
+    "single_token": "one token, one key",
+    "ragged": "lengths that no block divides",
+    "long": "thousands of keys, or position 1,000,000, or a sum over 4096",
+    "strided": "views with permuted strides and gaps between rows",
+}
+LENGTHS = {"single_token": (1, 1), "ragged": (77, 203), "zero_block": (192, 192)}
+LENGTHS |= {"long": (64, 4096), "strided": (96, 160)}  # queries, keys
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One kind of input, for one backend on one device.
+
+    The same seed and name always draw the same numbers, so that recipes are compared on equal
+    terms.  Masters are float64 on the CPU; the op gets them rounded, and so does its oracle.
+    """
+
+    kind: str
+    backend: str
+    device: torch.device
+    seed: int
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Queries and keys; the keys are also the tokens of x."""
+        return LENGTHS.get(self.kind, (128, 256))
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """Independent Gaussians, whatever the kind: weights, gates, queries."""
+        number = zlib.crc32(f"{self.seed} {self.kind} {name}".encode())
+        generator = torch.Generator().manual_seed(number)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def draw(self, name: str, *shape: int, tokens: int = 1) -> Tensor:
+        """Activations with the kind's adversity; dimension `tokens` counts tokens, the last one
+        channels."""
+        x = self.normal(name, *shape)
+        if self.kind == "outlier":
+            x[..., 3::16] = 3 * x[..., 3::16] + 20 * x[..., 3::16].select(tokens, 0).sign().unsqueeze(
+                tokens
+            )
+        if self.kind in ("constant", f"constant_{name}"):
+            # Sixteenths: sums and means of equal tokens are exact, so that ties stay ties.
+            x = (16 * x.narrow(tokens, 0, 1)).round().div(16).expand(shape).clone()
+        if self.kind == "zero_block":
+            x.narrow(tokens, 0, min(128, shape[tokens])).zero_()
+        return x
+
+    def put(self, x: Tensor, dtype: str = "float32") -> Tensor:
+        """x as the op gets it: rounded, on the device, with the kind's strides."""
+        y = x.to(self.device, DTYPES[dtype])
+        if self.kind != "strided" or x.dim() < 2:
+            return y
+        # Leading dimensions in reverse order in memory, and a gap after every row.
+        order = [*reversed(range(y.dim() - 1)), y.dim() - 1]
+        store = y.new_zeros([y.shape[i] for i in order[:-1]] + [2 * y.shape[-1]])
+        view = store[..., : y.shape[-1]].permute(order)
+        return view.copy_(y)
+
+
+def exact(x: Tensor) -> Tensor:
+    """What the op was given, in float64 on the CPU: what its oracle starts from."""
+    return x.detach().cpu().double()

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quant: what 8 bits cost, by format and by block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from reeltime import quant
+from reeltime.bench.accuracy import recipes
+from reeltime.bench.accuracy.case import Case, rounding_bound, unblocked, widened
+from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
+from reeltime.quant.api import FORMATS
+
+KINDS = ("normal", "outlier", "constant", "zero_block", "single_token", "ragged", "long", "strided")
+BLOCKS = {1: "1x128", 128: "128x128"}  # rows x columns that share a scale
+
+
+def cases(inputs: Inputs) -> Iterator[Case]:
+    columns = 300 if inputs.kind == "ragged" else 256
+    master = inputs.draw("x", inputs.lengths[1], columns, tokens=0)
+    for format in FORMATS:
+        for rows in BLOCKS:
+            yield from round_trip(inputs, inputs.put(master), format, rows)
+        yield from round_trip(inputs, inputs.put(master, "bfloat16"), format, 1)
+    x = exact(inputs.put(master))
+    for published in recipes.QUANT:
+        yield Case("quantize", published.name, lambda r=published: r.apply(x), x, None, published.source)
+
+
+def round_trip(inputs: Inputs, x: Tensor, format: str, rows: int) -> Iterator[Case]:
+    options = {"block_rows": rows, "backend": inputs.backend}
+    want = exact(x)
+    bound = rounding_bound(want, format, {0: rows, 1: 128})
+    recipe = f"{format} {BLOCKS[rows]}"
+    low, scale = quant.quantize(x, dtype=FORMATS[format], block_rows=rows, backend="reference")
+
+    def decoded() -> Tensor:
+        return unblocked(*quant.quantize(x, dtype=FORMATS[format], **options), (rows, 128))
+
+    tolerance = widened(quant.TOLERANCE[format], want, bound)
+    given = "" if x.element_size() == 4 else ", bfloat16 in"
+    yield Case("quantize", recipe + given, decoded, want, tolerance)
+    if given:
+        return
+    product = unblocked(low, scale, (rows, 128))
+    for name in ("float64", "bfloat16"):
+        yield Case(
+            "dequantize",
+            f"{recipe}, {name} out",
+            lambda name=name: quant.dequantize(low, scale, dtype=DTYPES[name], **options),
+            product,
+            quant.TOLERANCE[format],
+        )
