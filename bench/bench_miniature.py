@@ -391,8 +391,8 @@ class Bench:
                              [actor])  # fmt: skip
         task = bar.add_task("long stream", total=FRAMES * chunks)
         memory: list[float] = []
-        span = max(1, min(1000, FRAMES * chunks * 9 // 20))
-        warmup = min(100, span)
+        warmup = min(100, FRAMES * chunks // 10)  # a short run has a short beginning and end
+        span = min(1000, (FRAMES * chunks - warmup) // 2)
 
         def result(judge: Judge, complete: bool) -> dict[str, Any]:
             mse = judge.video.mse
@@ -650,7 +650,7 @@ def draw_film(
     """People [P, K, S, S, 3] over time, the renderer's frame above the generated one."""
     plt = _pyplot()
     people, columns, size = generated.shape[:3]
-    gap, between, left, top = 4, 14, 96, 44
+    gap, between, left, top = 4, 14, 108, 44
     height = top + people * (2 * size + gap) + (people - 1) * between + 8
     width = left + columns * (size + gap) + 4
     page = np.full((height, width, 3), 255, np.uint8)
@@ -718,7 +718,7 @@ def draw_curves(path: Path, results: dict[str, Any]) -> None:
                 axis.text(values[k], k, f" {values[k]:.1f}{share}", va="center", fontsize=8)
             axis.set(title="One thing changed at a time", yticks=y, yticklabels=names,
                      xlabel="PSNR, dB (and instructions obeyed)",
-                     xlim=(max(0, min(values) - 6), max(values) + 4))  # fmt: skip
+                     xlim=(0, 1.3 * max(values)))  # fmt: skip
             axis.invert_yaxis()
         if panel != "ablations":
             axis.grid(alpha=0.25)

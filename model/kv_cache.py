@@ -18,7 +18,7 @@ filling and steady state are the same operations.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -185,7 +185,7 @@ class StreamMemory:
         out = attention.segment_attention(
             rotated, cache, table, plan.offset_index, backend=self.backend
         )
-        return out.flatten(2)
+        return cast(Tensor, out).flatten(2)  # no lse was asked for
 
     def _rotate_window(self, cache: rope_kv.KVCache, plan: Plan) -> tuple[rope_kv.KVCache, Tensor]:
         """The window's raw keys rotated to where they stand now: T slots in window order."""
@@ -234,4 +234,5 @@ class DenseMemory:
             for x, w in ((q, attn.norm_q), (k, attn.norm_k))
         )  # fmt: skip
         v = v.unflatten(-1, (attn.num_heads, -1))
-        return attention.attention(q, k, v, mask=self.mask, backend=self.backend).flatten(2)
+        out = attention.attention(q, k, v, mask=self.mask, backend=self.backend)
+        return cast(Tensor, out).flatten(2)

@@ -104,7 +104,9 @@ class WanVae(nn.Module):
         if not still and frames.shape[1] % n != 1:
             raise ValueError(f"frames: expected 1 + {n} k of them, got {frames.shape[1]}")
         self.reset()
-        parts = [frames[:, :1], *(() if still else frames[:, 1:].split(n, dim=1))]
+        parts = [frames[:, :1]]
+        if not still and frames.shape[1] > 1:
+            parts += frames[:, 1:].split(n, dim=1)
         latents = self._encode(parts)
         self._picture = latents if still else None
         return latents
@@ -123,8 +125,7 @@ class WanVae(nn.Module):
         """Latents to pixels; see the class."""
         if latents.ndim != 5 or latents.shape[2] != self.config.channels or not latents.shape[1]:
             raise ValueError(
-                f"latents: expected [B, F, {self.config.channels}, h, w], "
-                f"got {list(latents.shape)}"
+                f"latents: expected [B, F, {self.config.channels}, h, w], got {list(latents.shape)}"
             )
         if self._picture is not None:
             self._decode(self._picture)

@@ -20,9 +20,11 @@ from reeltime.model.config import ModelConfig
 from reeltime.model.miniature import control, weights
 from reeltime.model.transformer import CausalTransformer
 
-TINY = ModelConfig("tiny", 32, 1, 32, 1, 32, 32, text_dim=48, prediction="x0", chunk=2, window=9)
+CODEC = CodecConfig(frame_channels=2, widths=(8, 8, 8))
+TINY = ModelConfig("tiny", 32, 1, 32, 1, CODEC.channels, CODEC.channels, text_dim=48,
+                   prediction="x0", chunk=2, window=9)  # fmt: skip
 SETTINGS = {
-    "people": 1, "seconds": 4.0, "long_frames": 0, "ablation_people": 1, "ablation_seconds": 2.0,
+    "people": 1, "seconds": 2.0, "long_frames": 0, "ablation_people": 1, "ablation_seconds": 2.0,
     "shown_people": 1, "speed_chunks": 3, "weights": "tiny",
 }  # fmt: skip
 SEED = bench.FIRST_SEED + 77
@@ -31,7 +33,7 @@ SEED = bench.FIRST_SEED + 77
 @pytest.fixture(scope="module")
 def model() -> tuple[CausalTransformer, ConvCodec]:
     torch.manual_seed(0)
-    return CausalTransformer(TINY).eval(), ConvCodec(CodecConfig(width=12)).eval()
+    return CausalTransformer(TINY).eval(), ConvCodec(CODEC).eval()
 
 
 def ignore(frames: int) -> None:
@@ -98,7 +100,7 @@ def test_held_out_seeds_are_apart():
 # --- Judging ------------------------------------------------------------------------------------
 
 
-def play(generate, seconds: float = 6.0) -> dict:
+def play(generate, seconds: float = 5.2) -> dict:
     chunks = bench.chunks_of(seconds)
     actors = [Actor(SEED + i, chunks) for i in range(2)]
     judges = perform(generate, actors, chunks, 1, ignore)
@@ -112,7 +114,7 @@ def test_truth_reaches_the_targets():
     assert row["lip_offset"] == 0
     assert row["instruction_accuracy"] == 1
     assert row["delay_frames"] == 0
-    assert row["instructions"] >= 4
+    assert row["instructions"] >= 3
     assert row["psnr"] == 100
     assert row["ssim"] > 0.999
     assert row["colour_error"] == 0
@@ -128,7 +130,7 @@ def test_frozen_picture_misses_the_targets():
         first.append(truth[:, :1])
         return np.repeat(first[0], bench.FRAMES, axis=1)
 
-    assert bench.missed(play(frozen, 5.0)) == ["lip_sync", "instruction_accuracy", "psnr"]
+    assert bench.missed(play(frozen, 4.0)) == ["lip_sync", "instruction_accuracy", "psnr"]
 
 
 def test_targets_are_compared_the_right_way():
@@ -255,6 +257,18 @@ def test_everything_else_runs(model, tmp_path):
     text = bench.markdown(run.results)
     assert "codec alone" in text
     assert "FPS" in text
+
+
+def test_ablations_are_the_same_people_played_otherwise(model, tmp_path, monkeypatch):
+    some = {k: v for k, v in variants(TINY).items() if k in ("vidu_s1, 3 steps", "1 step")}
+    monkeypatch.setattr(bench, "variants", lambda config: some)
+    run = new_bench(model, tmp_path)
+    run.run(["ablations"])
+    table = run.results["ablations"]
+    assert list(table) == list(some)
+    assert {row["seed"] for rows in table.values() for row in rows} == {bench.ABLATION_SEED}
+    assert table["1 step"][0]["psnr"] != table["vidu_s1, 3 steps"][0]["psnr"]
+    assert "ablation: 1 step" in bench.markdown(run.results)
 
 
 def test_tables_say_what_was_not_measured():

@@ -129,6 +129,10 @@ def test_levels_are_the_rms_of_each_frame(rate):
     assert np.abs(got[5:25] - math.sqrt(0.5)).max() < 0.02
 
 
+def test_levels_do_not_drift_where_frames_are_no_whole_number_of_samples():
+    assert levels(np.arange(49) == 24, 49).argmax() == 12
+
+
 def test_levels_can_be_taken_block_by_block():
     samples = np.random.default_rng(0).normal(size=RATE + 700)
     parts = [levels(samples[at : at + RATE], RATE) for at in (0, RATE)]

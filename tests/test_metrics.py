@@ -345,6 +345,15 @@ def test_shape_error_of_another_shape(act):
     assert score.shape_error > 0.15
 
 
+def test_closed_eyes_have_no_colour(act):
+    pose = np.zeros(len(POSE), np.float32)
+    pose[POSE.index("lids")] = 1
+    frame, score = render(act.who, pose[None])[0], IdentityScore()
+    score.update(frame, frame, act.who, pose)
+    assert set(score.colour_errors()) == set(COLOURS) - {"eye"}
+    assert score.colour_error == 0
+
+
 def test_another_person_is_noticed(act):
     other = random_identity(np.random.default_rng(5))
     score = judge(act, render(other, act.poses[:21]), at=(20,))

@@ -36,31 +36,40 @@ def widest(x: Tensor, sizes: Mapping[int, int]) -> Tensor:
     return y
 
 
-def rounding_bound(x: Tensor, format: str, sizes: Mapping[int, int]) -> Tensor:
-    """The most that x may move when each block is stored in 8 bits over its amax.
+def rounding_bound(x: Tensor, format: str, sizes: Mapping[int, int] | None = None) -> Tensor:
+    """The most that x may move when it is rounded to `format`, 8 bits over the amax of each block.
 
-    INT8: half a step of amax / 127.  e4m3: 2^-4 of the value, half of 2^-9 steps near zero.
+    INT8: half a step of amax / 127.  e4m3: 2^-4 of the value, half of a 2^-9 step near zero.
     """
-    amax = widest(x, sizes)
     if format == "int8":
-        return amax / 127 / 2
-    return torch.maximum(x.abs() / 16, amax / 448 * 2**-10)
+        return widest(x, sizes or {}) / 127 / 2
+    if format == "fp8":
+        return torch.maximum(x.abs() / 16, widest(x, sizes or {}) / 448 * 2**-10)
+    return x.abs() * torch.finfo(getattr(torch, format)).eps / 2
 
 
-def widened(
-    tolerance: Tolerance, want: Tensor, bound: Tensor
+def tolerance(
+    stated: Mapping[str, Tolerance],
+    format: str,
+    want: Tensor,
+    sizes: Mapping[int, int] | None = None,
+    of: Tensor | None = None,
 ) -> Tolerance:
-    """`tolerance`, or what a correct rounding of this input can cost if that is more.
+    """The family's TOLERANCE, or what a correct rounding of this very input can cost, if more.
 
-    TOLERANCE is stated for blocks whose largest value is a few times the mean.  An outlier widens
-    the step for all of its block, and no INT8 kernel can do better than half a step.
+    A stated tolerance is for blocks whose largest value is a few times the mean.  An outlier
+    widens the step for all of its block: no INT8 kernel can do better than half a step.  `of` is
+    what is rounded, where it is not the result itself.
     """
-    slack = 1.001  # scales are float32
+    bound = rounding_bound(want if of is None else of, format, sizes)
+    if not bound.numel():
+        return stated[format]
+    slack = 1.01  # the arithmetic before the rounding is float32
     rms = want.square().mean().sqrt().clamp(min=TINY)
     total = want.abs().sum().clamp(min=TINY)
     return Tolerance(
-        max(tolerance.relative_l1, slack * float(bound.sum() / total)),
-        max(tolerance.peak, slack * float(bound.max() / rms) if bound.numel() else 0.0),
+        max(stated[format].relative_l1, slack * float(bound.sum() / total)),
+        max(stated[format].peak, slack * float(bound.max() / rms)),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reeltime import gemm_w8a8, quant
 from reeltime.bench.accuracy import recipes
-from reeltime.bench.accuracy.case import Case, rounding_bound, unblocked, widened
+from reeltime.bench.accuracy.case import Case, tolerance, unblocked
 from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
 from reeltime.bench.accuracy.quant import BLOCKS
 from reeltime.gemm_w8a8 import gemm_w8a8 as gemm
@@ -78,9 +78,9 @@ def product(
     float32 = {"out_dtype": torch.float32, **common}
 
     def judged(name: str, want: Tensor, **options: Any) -> Case:
-        tolerance = gemm_w8a8.TOLERANCE[name.split()[0]]
+        limit = tolerance(gemm_w8a8.TOLERANCE, name.split()[0], want)
         run = lambda: gemm(**common | options)  # noqa: E731
-        return Case("gemm_w8a8", f"{recipe}, {name}", run, want, tolerance)
+        return Case("gemm_w8a8", f"{recipe}, {name}", run, want, limit)
 
     for name, dtype in DTYPES.items():
         yield judged(f"{name} out", y, out_dtype=dtype)
@@ -91,7 +91,6 @@ def product(
         options = {"epilogue": epilogue, "out_dtype": torch.float32, **given}
         yield judged(f"float32 {epilogue} + bias", want, **options)
         for stored in FORMATS if epilogue == "gelu" else ():
-            bound = rounding_bound(want, stored, {0: block, 1: 128})
             yield Case(
                 "gemm_w8a8",
                 f"{recipe}, gelu requantised to {stored}",
@@ -99,7 +98,7 @@ def product(
                     *gemm(**common | o | {"requantize": s}), (block, 128)
                 ),
                 want,
-                widened(gemm_w8a8.TOLERANCE[stored], want, bound),
+                tolerance(gemm_w8a8.TOLERANCE, stored, want, {0: block, 1: 128}),
             )
     given_x, given_w = (exact(inputs.put(t)) for t in (x, w))
     yield Case(

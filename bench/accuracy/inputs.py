@@ -55,9 +55,9 @@ class Inputs:
         channels."""
         x = self.normal(name, *shape)
         if self.kind == "outlier":
-            x[..., 3::16] = 3 * x[..., 3::16] + 20 * x[..., 3::16].select(tokens, 0).sign().unsqueeze(
-                tokens
-            )
+            x[..., 3::16] = 3 * x[..., 3::16] + 20 * x[..., 3::16].select(
+                tokens, 0
+            ).sign().unsqueeze(tokens)
         if self.kind in ("constant", f"constant_{name}"):
             # Sixteenths: sums and means of equal tokens are exact, so that ties stay ties.
             x = (16 * x.narrow(tokens, 0, 1)).round().div(16).expand(shape).clone()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reeltime import norm
 from reeltime.bench.accuracy import recipes
-from reeltime.bench.accuracy.case import Case, rounding_bound, unblocked, widened
+from reeltime.bench.accuracy.case import Case, tolerance, unblocked
 from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
 from reeltime.bench.accuracy.quant import BLOCKS
 from reeltime.quant.api import FORMATS
@@ -76,9 +76,8 @@ def plain(
     arguments: dict[str, Any] = {"kind": kind, "backend": inputs.backend, **options}
     want = equation(exact(given["x"]), kind, {name: exact(x) for name, x in options.items()})
     recipe = f"{dtype} {label(kind, options)}"
-    yield Case(
-        "norm", recipe, lambda: norm.norm(given["x"], **arguments), want, norm.TOLERANCE[dtype]
-    )
+    limit = tolerance(norm.TOLERANCE, dtype, want)
+    yield Case("norm", recipe, lambda: norm.norm(given["x"], **arguments), want, limit)
 
 
 def gated(
@@ -89,13 +88,19 @@ def gated(
     residual = exact(x) + by_frame(exact(gate), x.shape[1]) * exact(h)
     stored = residual.to(DTYPES[dtype]).double()  # y is the norm of x_new as it was rounded
     want = equation(stored, kind, {name: exact(value) for name, value in options.items()})
-    recipe, tolerance = f"{dtype} {label(kind, options)}", norm.TOLERANCE[dtype]
+    recipe = f"{dtype} {label(kind, options)}"
 
     def run(index: int) -> Tensor:
         return norm.gated_residual_norm(x, h, gate, **arguments)[index]
 
-    yield Case("gated_residual_norm", f"{recipe}, x", lambda: run(0), residual, tolerance)
-    yield Case("gated_residual_norm", f"{recipe}, y", lambda: run(1), want, tolerance)
+    for index, (name, value) in enumerate({"x": residual, "y": want}.items()):
+        yield Case(
+            "gated_residual_norm",
+            f"{recipe}, {name}",
+            lambda i=index: run(i),
+            value,
+            tolerance(norm.TOLERANCE, dtype, value),
+        )
 
 
 def eight_bits(
@@ -110,9 +115,8 @@ def eight_bits(
 
     def judged(op: str, run: Any, y: Tensor) -> Iterator[Case]:
         want = y.flatten(0, 1)
-        bound = rounding_bound(want, format, {0: rows, 1: 128})
-        tolerance = widened(norm.TOLERANCE[format], want, bound)
-        yield Case(op, f"{format} {BLOCKS[rows]}", run, want, tolerance)
+        limit = tolerance(norm.TOLERANCE, format, want, {0: rows, 1: 128})
+        yield Case(op, f"{format} {BLOCKS[rows]}", run, want, limit)
         if op == "norm" and (format, rows) == ("int8", 128):
             for recipe in recipes.QUANT:
                 run = lambda r=recipe: r.apply(want)  # noqa: E731

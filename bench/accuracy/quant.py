@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reeltime import quant
 from reeltime.bench.accuracy import recipes
-from reeltime.bench.accuracy.case import Case, rounding_bound, unblocked, widened
+from reeltime.bench.accuracy.case import Case, tolerance, unblocked
 from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
 from reeltime.quant.api import FORMATS
 
@@ -26,22 +26,23 @@ def cases(inputs: Inputs) -> Iterator[Case]:
         yield from round_trip(inputs, inputs.put(master, "bfloat16"), format, 1)
     x = exact(inputs.put(master))
     for published in recipes.QUANT:
-        yield Case("quantize", published.name, lambda r=published: r.apply(x), x, None, published.source)
+        yield Case(
+            "quantize", published.name, lambda r=published: r.apply(x), x, None, published.source
+        )
 
 
 def round_trip(inputs: Inputs, x: Tensor, format: str, rows: int) -> Iterator[Case]:
     options = {"block_rows": rows, "backend": inputs.backend}
     want = exact(x)
-    bound = rounding_bound(want, format, {0: rows, 1: 128})
     recipe = f"{format} {BLOCKS[rows]}"
     low, scale = quant.quantize(x, dtype=FORMATS[format], block_rows=rows, backend="reference")
 
     def decoded() -> Tensor:
         return unblocked(*quant.quantize(x, dtype=FORMATS[format], **options), (rows, 128))
 
-    tolerance = widened(quant.TOLERANCE[format], want, bound)
+    limit = tolerance(quant.TOLERANCE, format, want, {0: rows, 1: 128})
     given = "" if x.element_size() == 4 else ", bfloat16 in"
-    yield Case("quantize", recipe + given, decoded, want, tolerance)
+    yield Case("quantize", recipe + given, decoded, want, limit)
     if given:
         return
     product = unblocked(low, scale, (rows, 128))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reeltime import rope_kv
 from reeltime.bench.accuracy import recipes
-from reeltime.bench.accuracy.case import Case, rounding_bound, unblocked, widened
+from reeltime.bench.accuracy.case import Case, tolerance, unblocked
 from reeltime.bench.accuracy.inputs import Inputs, exact
 from reeltime.bench.accuracy.segments import DIM, EPS, HEADS, Window, angles, heads, rotated
 
@@ -29,7 +29,7 @@ def cases(inputs: Inputs) -> Iterator[Case]:
 
 def rotations(inputs: Inputs, dtype: str) -> Iterator[Case]:
     window = Window(inputs, "plain", dtype)
-    tolerance, angle = rope_kv.TOLERANCE[dtype], angles(window.positions, window.grid)
+    limit, angle = rope_kv.TOLERANCE[dtype], angles(window.positions, window.grid)
     if dtype != "bfloat16":
         yield Case(
             "rope_table",
@@ -38,29 +38,28 @@ def rotations(inputs: Inputs, dtype: str) -> Iterator[Case]:
                 window.positions.to(inputs.device), window.grid, DIM, dtype=window.wide
             ),
             torch.stack([angle.cos(), angle.sin()], -1),
-            tolerance,
+            limit,
         )
     x = heads(window.k, None)
     turned = rotated(exact(x), angle)
-    yield Case("apply_rope", dtype, lambda: rope_kv.apply_rope(x, window.table), turned, tolerance)
+    yield Case("apply_rope", dtype, lambda: rope_kv.apply_rope(x, window.table), turned, limit)
     raw = x.unflatten(1, (window.frames, window.tokens))
     yield Case(
         "rope_on_cache",
         dtype,
         lambda: rope_kv.rope_on_cache(raw, window.table, backend=inputs.backend),
         turned.view(raw.shape),
-        tolerance,
+        limit,
     )
     want = window.asked().unsqueeze(1)
-    yield Case("query", dtype, lambda: query(window), want, tolerance)
+    yield Case("query", dtype, lambda: query(window), want, limit)
     if dtype == "float32":
-        bound = rounding_bound(want, "int8", TOKENS)
         yield Case(
             "query",
             "int8 per 64 tokens and head",
             lambda: decoded(*window.queries()[1:]),
             want,
-            widened(rope_kv.TOLERANCE["int8"], want, bound),
+            tolerance(rope_kv.TOLERANCE, "int8", want, TOKENS),
         )
 
 
@@ -102,7 +101,7 @@ def written(inputs: Inputs, dtype: str) -> Iterator[Case]:
     def fresh() -> Window:
         return Window(inputs, "plain", dtype, summaries=True)
 
-    window, tolerance = fresh(), rope_kv.TOLERANCE[dtype]
+    window = fresh()
     keys, values = by_slot(window.keys(), window), by_slot(window.values(), window)
     wants = {"k": keys, "v": values, "k_mean": torch.stack(means(keys), 2)}
     features = keys.softmax(-1)
@@ -110,13 +109,13 @@ def written(inputs: Inputs, dtype: str) -> Iterator[Case]:
     wants["h"] = torch.stack([torch.einsum("btnhd,btnhe->bthde", f, v) for f, v in parts], 2)
     wants["z"] = torch.stack([f.sum(2) for f, _ in parts], 2)
     for part, want in wants.items():
-        wide = part in ("h", "z", "k_mean") and dtype == "bfloat16"  # kept in float32
+        kept_wide = part in ("h", "z", "k_mean") and dtype == "bfloat16"
         yield Case(
             "write",
             f"plain {dtype}, {part}",
             lambda p=part: stored(w := fresh(), getattr(w.cache, p)),
             want,
-            rope_kv.TOLERANCE["float32"] if wide else tolerance,
+            tolerance(rope_kv.TOLERANCE, "float32" if kept_wide else dtype, want),
         )
 
 
@@ -144,9 +143,8 @@ def written_in_8_bits(inputs: Inputs, v_format: str) -> Iterator[Case]:
     window = fresh()
     keys, values = by_slot(window.keys(), window), by_slot(window.values(), window)
     if v_format == "fp8":
-        bound = rounding_bound(keys - mean(window), "int8", TOKENS)
-        tolerance = widened(rope_kv.TOLERANCE["int8"], keys, bound)
-        yield Case("write", "k int8 around the block mean", read_keys, keys, tolerance)
+        limit = tolerance(rope_kv.TOLERANCE, "int8", keys, TOKENS, of=keys - mean(window))
+        yield Case("write", "k int8 around the block mean", read_keys, keys, limit)
         yield Case(
             "write",
             "k_mean bfloat16",
@@ -171,7 +169,6 @@ def written_in_8_bits(inputs: Inputs, v_format: str) -> Iterator[Case]:
             None,
             recipes.SAGE,
         )
-    tolerance = rope_kv.TOLERANCE["float16" if v_format == "fp16" else "fp8"]
-    if v_format == "fp8":
-        tolerance = widened(tolerance, values, rounding_bound(values, "fp8", CHANNELS))
-    yield Case("write", f"v {v_format} per block and channel", read_values, values, tolerance)
+    format = "fp8" if v_format == "fp8" else "float16"
+    limit = tolerance(rope_kv.TOLERANCE, format, values, CHANNELS)
+    yield Case("write", f"v {v_format} per block and channel", read_values, values, limit)

@@ -18,6 +18,7 @@ HEADS, DIM, THETA, EPS = 2, 64, 10000.0, 1e-6
 GRIDS = {"single_token": (1, 1), "ragged": (7, 10), "long": (16, 32), "constant": (8, 16)}
 FRAMES = {"single_token": 1, "long": 8}
 FIRST = {"long": 1_000_000}  # position of the oldest frame in the stream
+GAP, MOVED = 5, 3  # frames
 
 
 def angles(positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -62,7 +63,8 @@ class Window:
         self.frames = FRAMES.get(inputs.kind, 4)
         self.tokens = self.grid[0] * self.grid[1]
         first = FIRST.get(inputs.kind, 0)
-        self.positions = torch.arange(self.frames) + first
+        # The reference, a gap of frames that left the window, and the rest.
+        self.positions = torch.arange(self.frames) + first + GAP * (torch.arange(self.frames) > 0)
         self.storage = dtype if format == "plain" else "float32"  # of projections and queries
         channels, length = HEADS * DIM, self.frames * self.tokens
         put = self.put
@@ -87,8 +89,8 @@ class Window:
         self.table = rope_kv.rope_table(
             self.positions.to(inputs.device), self.grid, DIM, dtype=self.wide
         )
-        # The newest frame asks; the reference has moved one frame closer to it, the others not.
-        self.asks = self.positions[-1:] - torch.tensor([[0], [1]])
+        # The newest frame asks; the reference has moved closer to it, the others have not.
+        self.asks = self.positions[-1:] - torch.tensor([[0], [MOVED]])
         absent = torch.tensor([-1], device=inputs.device)
         self.block_table = torch.cat([self.slots[:1], absent, self.slots[1:]])
         self.offset_index = torch.tensor([1] + [0] * self.frames, device=inputs.device)
@@ -137,6 +139,6 @@ class Window:
         """One query [1, N, H, D] and the keys and values that it sees: the reference's keys are
         rotated to where its offset puts them, which is the published way."""
         moved = self.positions.clone()
-        moved[0] += 1
+        moved[0] += MOVED
         keys = rotated(heads(exact(self.k), exact(self.weight)), angles(moved, self.grid))
         return self.asked()[:1], keys, self.values()

@@ -45,7 +45,12 @@ def mean_cosine(block: Tensor) -> float:
 
 
 def choose(
-    q: list[Tensor], keys: list[Tensor], pooled: list[Tensor], owner: list[int], rule: Rule, room: int
+    q: list[Tensor],
+    keys: list[Tensor],
+    pooled: list[Tensor],
+    owner: list[int],
+    rule: Rule,
+    room: int,
 ) -> tuple[list[int], list[int]]:
     """One query block [n, D] per offset against key blocks: those selected, and the marginal ones.
 
@@ -84,11 +89,14 @@ def equation(
     values: list[Tensor],
     owner: list[int],
     rule: Rule,
-    pooled: list[Tensor] | None = None,
+    ranking: tuple[list[Tensor], list[Tensor]] | None = None,
     room: int | None = None,
 ) -> Parts:
-    """queries [B, S_q, H, D] per offset; blocks [B, n, H, D], each scored by its owner's query;
-    pooled [B, H, D] per block, where they are not the means."""
+    """queries [B, S_q, H, D] per offset; blocks [B, n, H, D], each scored by its owner's query.
+
+    ranking: the queries, and the pooled key [B, H, D] of each block, that blocks are chosen by,
+    where storage has rounded them: a near tie that falls otherwise is no error of the op.
+    """
     q, phi, count = queries[0], PHI[rule.phi], len(keys)
     shape = (q.shape[0], q.shape[2], -(-q.shape[1] // BLOCK), count)
     selected, marginal, score = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
@@ -97,12 +105,16 @@ def equation(
         rows = slice(i * BLOCK, min(i * BLOCK + BLOCK, q.shape[1]))
         part = [x[b, rows, h] for x in queries]
         k, v = [x[b, :, h] for x in keys], [x[b, :, h] for x in values]
-        means = [x.mean(0) for x in k] if pooled is None else [x[b, h] for x in pooled]
-        chosen, rest = choose(part, k, means, owner, rule, room or count)
+        asks, means = part, [x.mean(0) for x in k]
+        if ranking is not None:
+            asks = [x[b, rows, h] for x in ranking[0]]
+            means = [x[b, h] for x in ranking[1]]
+        chosen, rest = choose(asks, k, means, owner, rule, room or count)
         selected[b, h, i, chosen] = 1
         marginal[b, h, i, rest] = 1
         scores = [SCALE * part[owner[j]] @ k[j].T for j in chosen]
-        score[b, h, i] = torch.stack([SCALE * part[owner[j]].mean(0) @ means[j] for j in range(count)])
+        pairs = [asks[owner[j]].mean(0) @ means[j] for j in range(count)]
+        score[b, h, i] = SCALE * torch.stack(pairs)
         sparse[b, rows, h] = torch.cat(scores, -1).softmax(-1) @ torch.cat([v[j] for j in chosen])
         others = [j for j in range(count) if j not in chosen]
         covered = {"all": list(range(count)), "unselected": others, "marginal": rest}[rule.over]
@@ -148,7 +160,10 @@ def branches(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Ite
         yield Case("pool", f"{dtype} {name}", run, pooled, wide)
     phi_k = low[1].softmax(-1).split(32, 1)
     h = torch.stack(
-        [torch.einsum("bnhd,bnhe->bhde", f, x) for f, x in zip(phi_k, low[2].split(32, 1), strict=True)],
+        [
+            torch.einsum("bnhd,bnhe->bhde", f, x)
+            for f, x in zip(phi_k, low[2].split(32, 1), strict=True)
+        ],
         1,
     )
     z = torch.stack([f.sum(1) for f in phi_k], 1)
@@ -190,7 +205,7 @@ def branches(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Ite
         yield Case("linear_attention", f"{dtype} over {over}", run, parts.linear, tolerance)
 
     weight, bias = (inputs.put(inputs.normal(n, *s), dtype) for n, s in PROJECTION)
-    for name, chosen, more in RULES:
+    for name, chosen in RULES:
         if dtype != "float32" and name not in ("top 10%", "top 50%, unselected"):
             continue
         parts = plain(*low, chosen)
@@ -263,21 +278,21 @@ def over_cache(inputs: Inputs, format: str, dtype: str) -> Iterator[Case]:
             lambda t=topk, o=over: sla.segment_sla(
                 q, window.cache, *window.lists, topk=t, over=o, block_q=32, backend=inputs.backend
             ),
-            segment_equation(window, Rule(topk=topk, over=over)),
+            segment_equation(window, q, Rule(topk=topk, over=over)),
             sla.TOLERANCE["int8" if format == "int8" else dtype],
         )
 
 
-def segment_equation(window: Window, rule: Rule) -> Tensor:
-    """Blocks in the order of the block table; an int8 cache ranks by the means that it stores."""
+def segment_equation(window: Window, q: Tensor, rule: Rule) -> Tensor:
+    """Blocks in the order of the block table, chosen by the query and the means as stored."""
     by_frame = [x.split(window.tokens, 1) for x in (window.keys(), window.values())]
     keys, values = ([b for frame in x for b in frame.split(64, 1)] for x in by_frame)
     per_frame = len(keys) // window.frames
     owner = [1] * per_frame + [0] * (len(keys) - per_frame)
-    pooled = None
-    if window.format == "int8" and window.cache.k_mean is not None:
-        means = exact(window.cache.k_mean.index_select(1, window.slots)).flatten(1, 2)
-        pooled = list(means.unbind(1))
+    assert window.cache.k_mean is not None
+    means = exact(window.cache.k_mean.index_select(1, window.slots)).flatten(1, 2)
+    ranking = list(exact(q).unbind(0)), list(means.unbind(1))
     room = per_frame * len(window.block_table)
-    parts = equation(list(window.asked().split(1)), keys, values, owner, rule, pooled, room)
+    asked = list(window.asked().split(1))
+    parts = equation(asked, keys, values, owner, rule, ranking, room)
     return parts.sparse + parts.linear

@@ -63,8 +63,10 @@ class Identity:
 
     @staticmethod
     def from_vector(vector: np.ndarray) -> Identity:
-        colours = np.asarray(vector[:15], dtype=np.float32).reshape(5, 3)
-        return Identity(*colours, np.asarray(vector[15:], dtype=np.float32))
+        background, skin, hair, eye, shirt, shape = np.split(
+            np.asarray(vector, dtype=np.float32), (3, 6, 9, 12, 15)
+        )
+        return Identity(background, skin, hair, eye, shirt, shape)
 
 
 def random_identity(rng: np.random.Generator) -> Identity:
@@ -90,7 +92,7 @@ def random_identity(rng: np.random.Generator) -> Identity:
         hair = mix(_HAIRS)
     lo, hi = SHAPE_RANGE.T
     colours = [background, skin, hair, hsv(0.4, 0.9, 0.35, 0.75), hsv(0.3, 0.9, 0.3, 0.9)]
-    return Identity(*[c.astype(np.float32) for c in colours], rng.uniform(lo, hi))
+    return Identity.from_vector(np.concatenate([*colours, rng.uniform(lo, hi)]))
 
 
 class _Canvas:

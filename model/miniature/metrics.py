@@ -370,7 +370,10 @@ class IdentityScore:
         self.shapes.append(np.abs(fitted.shape - who.shape) / np.ptp(SHAPE_RANGE, axis=1))
 
     def colour_errors(self) -> dict[str, float]:
-        return dict(zip(COLOURS, np.nanmean(self.colours, axis=0).tolist(), strict=True))
+        """By region, of those that were seen: closed eyes have no colour."""
+        errors = np.stack(self.colours)
+        seen = ~np.isnan(errors).all(axis=0)
+        return {n: float(np.nanmean(errors[:, k])) for k, n in enumerate(COLOURS) if seen[k]}
 
     @property
     def colour_error(self) -> float:

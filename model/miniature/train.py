@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the miniature: first the codec, then the transformer on its latents.
 
-    python -m reeltime.model.miniature.train --minutes 60
+    python -m reeltime.model.miniature.train
 
 Teacher forcing over two copies of a window (as in block-causal diffusion training, e.g. CausVid,
 arXiv 2412.07772): context copies C are what the cache will hold, target copies T are denoised.
@@ -325,12 +325,19 @@ def predict_x0(
 
 
 def pixel_loss(codec: ConvCodec, predicted: Tensor, drawn: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean squared error, on [-1, 1], of a few decoded video frames against the renderer."""
+    """Mean squared error, on [-1, 1], of a few decoded video frames against the renderer.
+
+    Pixels count for more the further they are from the mean of the row's frames: what moves is a
+    small part of the picture (a mouth is 2% of it) and all of what a person looks at.
+    """
     index, pixels = drawn
     z = predicted.unflatten(2, (4, -1)).flatten(1, 2)  # (B, video frames, 16, h, w)
     z = z[torch.arange(len(z))[:, None], index].flatten(0, 1)
     z = z * codec.std[:, None, None] + codec.mean[:, None, None]
-    return F.mse_loss(codec.decoder(z), to_planes(pixels.flatten(0, 1)))
+    truth = to_planes(pixels.flatten(0, 1))
+    mean = truth.unflatten(0, index.shape).mean(1, keepdim=True)
+    moved = (truth.unflatten(0, index.shape) - mean).abs().mean(2, keepdim=True).flatten(0, 1)
+    return ((1 + 6 * moved) * (codec.decoder(z) - truth).square()).mean()
 
 
 def make_optimisers(net: CausalTransformer, rate: float) -> list[torch.optim.Optimizer]:
@@ -434,7 +441,7 @@ def train_transformer(
                 error = F.mse_loss(predicted, window.x0)
                 loss = error
                 if fraction > 0.6:
-                    loss = loss + 20 * pixel_loss(codec, predicted, windows.draw(window, 6))
+                    loss = loss + 40 * pixel_loss(codec, predicted, windows.draw(window, 8))
                 loss.backward()
                 nn.utils.clip_grad_norm_(net.parameters(), 1.0)
                 nn.utils.clip_grad_norm_(decoder, 1.0)
@@ -456,10 +463,10 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where weights, logs and loss.png go.")] = Path(
         "build/miniature"
     ),
-    minutes: Annotated[float, typer.Option(help="Minutes for the transformer.")] = 60.0,
-    codec_minutes: Annotated[float, typer.Option(help="Minutes for the codec.")] = 10.0,
-    people: Annotated[int, typer.Option(help="Clips to render for the transformer.")] = 3000,
-    pictures: Annotated[int, typer.Option(help="People to render for the codec.")] = 5000,
+    minutes: Annotated[float, typer.Option(help="Minutes for the transformer.")] = 61.0,
+    codec_minutes: Annotated[float, typer.Option(help="Minutes for the codec.")] = 7.5,
+    people: Annotated[int, typer.Option(help="Clips to render for the transformer.")] = 2400,
+    pictures: Annotated[int, typer.Option(help="People to render for the codec.")] = 6000,
     workers: Annotated[int, typer.Option(help="Rendering processes.")] = 2,
     batch: Annotated[int, typer.Option(help="Windows per step.")] = 6,
     seed: int = 0,
