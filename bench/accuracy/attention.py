@@ -15,8 +15,8 @@ from reeltime.bench.accuracy.case import Case
 from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
 from reeltime.bench.accuracy.segments import Window
 
-KINDS = ("normal", "outlier", "constant_k", "constant_v", "zero_block", "single_token", "ragged",
-         "long", "strided")  # fmt: skip
+KINDS = ("normal", "outlier_k", "outlier_v", "constant_k", "constant_v", "zero_block",
+         "single_token", "ragged", "long", "strided")  # fmt: skip
 HEADS, DIM = 2, 64
 SMOOTH = {"block": "block mean", "sequence": "sequence mean", None: "no mean"}
 LOW = [("int8", pv, smooth) for pv in (None, "fp16", "fp8") for smooth in SMOOTH]
@@ -40,9 +40,7 @@ def tolerance_of(*formats: str | None) -> str:
 
 def cases(inputs: Inputs) -> Iterator[Case]:
     queries, keys = inputs.lengths
-    q = inputs.normal("q", 1, queries, HEADS, DIM)
-    if inputs.kind == "zero_block":
-        q[:, :128] = 0
+    q = inputs.draw("q", 1, queries, HEADS, DIM)
     k, v = (inputs.draw(name, 1, keys, HEADS, DIM) for name in "kv")
     for dtype in DTYPES:
         yield from full(inputs, dtype, *(inputs.put(x, dtype) for x in (q, k, v)))
@@ -103,12 +101,14 @@ def eight_bits(
     want: Tensor,
 ) -> Iterator[Case]:
     recipe = f"qk {qk} {SMOOTH[smooth]}" if qk else "qk full"
+    limit = attention.TOLERANCE[tolerance_of(qk, pv)]
     yield Case(
         "attention",
         f"{recipe}, pv {pv or 'full'}",
         lambda: attention.attention(*given, qk=qk, pv=pv, smooth=smooth, backend=inputs.backend),
         want,
-        attention.TOLERANCE[tolerance_of(qk, pv)],
+        # Without smoothing, outlier keys cost what they cost: that is shown, and no pass or fail.
+        None if smooth is None and inputs.kind == "outlier_k" else limit,
     )
 
 
@@ -139,13 +139,16 @@ def over_cache(inputs: Inputs, format: str, dtype: str) -> Iterator[Case]:
         return
     given = lambda: run(q_int8=q_int8, q_scale=q_scale)  # noqa: E731
     yield Case("segment_attention", f"{recipe}, q int8 given", given, want, tolerance)
-    if dtype == "fp8":
+    if (
+        dtype == "fp16"
+    ):  # with fp8 they would round P as well, which the reference leaves to kernels
         for published in recipes.ATTENTION:
-            yield Case(
-                "segment_attention",
-                published.name,
-                lambda r=published: r.apply(*window.equation(), DIM**-0.5),
-                want,
-                None,
-                published.source,
-            )
+            if "pv fp16" in published.name:
+                yield Case(
+                    "segment_attention",
+                    published.name,
+                    lambda r=published: r.apply(*window.equation(), DIM**-0.5),
+                    want,
+                    None,
+                    published.source,
+                )

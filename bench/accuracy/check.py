@@ -61,7 +61,7 @@ class Row:
 
 
 def plan(families: Sequence[str], backend: str, device: torch.device) -> dict[str, str]:
-    """{family: backend that it runs on}, for those of `families` that the request can be served for.
+    """{family: backend that it runs on}, for those of `families` that can be served.
 
     Raises:
         ValueError: unknown backend.

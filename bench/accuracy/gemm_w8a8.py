@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gemm_w8a8: the product on equal 8-bit operands, and what quantising them cost in the first place."""
+"""gemm_w8a8: the product of given 8-bit operands, and of float32 ones quantised first."""
 
 from __future__ import annotations
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 KINDS = {
     "normal": "independent Gaussians",
-    "outlier": "every 16th channel is 20 + 3 x, with a sign of its own, in keys, values and x",
-    "constant": "all tokens equal",
+    "outlier": "every 16th channel is 3 x + 20 or 3 x - 20",
+    "outlier_k": "the same in the keys alone",
+    "outlier_v": "the same in the values alone",
+    "constant": "all tokens equal; for norm, all channels too",
     "constant_k": "all keys equal",
     "constant_v": "all values equal",
     "zero_block": "the first 128 tokens are zero",
     "single_token": "one token, one key",
     "ragged": "lengths that no block divides",
-    "long": "thousands of keys, or position 1,000,000, or a sum over 4096",
-    "strided": "views with permuted strides and gaps between rows",
+    "long": "4096 keys or summands, stream position 1,000,000",
+    "strided": "permuted dimensions and a gap after every row",
 }
 LENGTHS = {"single_token": (1, 1), "ragged": (77, 203), "zero_block": (192, 192)}
 LENGTHS |= {"long": (64, 4096), "strided": (96, 160)}  # queries, keys
@@ -54,10 +56,9 @@ class Inputs:
         """Activations with the kind's adversity; dimension `tokens` counts tokens, the last one
         channels."""
         x = self.normal(name, *shape)
-        if self.kind == "outlier":
-            x[..., 3::16] = 3 * x[..., 3::16] + 20 * x[..., 3::16].select(
-                tokens, 0
-            ).sign().unsqueeze(tokens)
+        if self.kind in ("outlier", f"outlier_{name}"):
+            sign = 1 - 2 * (torch.arange(shape[-1]) // 16 % 2)
+            x[..., 3::16] = 3 * x[..., 3::16] + 20 * sign[3::16]
         if self.kind in ("constant", f"constant_{name}"):
             # Sixteenths: sums and means of equal tokens are exact, so that ties stay ties.
             x = (16 * x.narrow(tokens, 0, 1)).round().div(16).expand(shape).clone()

@@ -144,6 +144,7 @@ def _sage(name: str, source: str, granularity: str, pv: str) -> Recipe:
 
 ATTENTION = (
     _sage("Sage int8 per block, pv fp16", SAGE_1, "block", "fp16"),
+    _sage("Sage2 int8 per thread, pv fp16", SAGE, "thread", "fp16"),
     _sage("Sage2 int8 per warp, pv fp8", SAGE, "warp", "fp8"),
     _sage("Sage2 int8 per thread, pv fp8", SAGE, "thread", "fp8"),
     _sage("Sage2++ int8 per thread, pv fp8 fp16-acc", SAGE_PP, "thread", "narrow"),
@@ -162,7 +163,7 @@ def sage_keys(k: Tensor) -> Tensor:
 def sla_mask(q: Tensor, k: Tensor, ratio: float, block_q: int, block_k: int) -> Tensor:
     """[B, H, nQ, nK]: the int(ratio * nK) best blocks by pooled q . pooled (k - mean k).
 
-    Not at least one: with a short sequence it is none.
+    Not at least one: with a short sequence it is none.  Ties go to the lower block, as with us.
     """
     smooth = k - k.mean(1, keepdim=True)
     pooled_q, pooled_k = (
@@ -170,7 +171,8 @@ def sla_mask(q: Tensor, k: Tensor, ratio: float, block_q: int, block_k: int) -> 
         for x, size in ((q, block_q), (smooth, block_k))
     )
     score = torch.einsum("bqhd,bkhd->bhqk", pooled_q, pooled_k)
-    best = score.topk(min(score.shape[-1], int(ratio * score.shape[-1])), -1).indices
+    order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+    best = order[..., : int(ratio * score.shape[-1])]
     return torch.zeros_like(score).scatter(-1, best, 1.0).bool()
 
 
@@ -183,19 +185,19 @@ def turbodiffusion_sla(
     ratio: float,
     block_q: int,
     block_k: int,
-    low: bool = False,
+    pv: str | None = None,
 ) -> Tensor:
     """The formula of the released weights, without its projection: block-sparse softmax attention
     plus linear attention over all tokens, phi the softmax over channels.
 
-    low: SageSLA, the sparse branch in INT8 per block and FP8 with V up to 2.25.
+    pv: SageSLA, the sparse branch in INT8 per block and "fp16", or "narrow" for FP8 up to 2.25.
     """
     mask = sla_mask(q, k, ratio, block_q, block_k)
     mask = mask.repeat_interleave(block_q, 2)[:, :, : q.shape[1]]
     mask = mask.repeat_interleave(block_k, 3)[..., : k.shape[1]]
-    if low:
+    if pv is not None:
         score = sage_scores(q, k, sm_scale, "block").masked_fill(~mask, -torch.inf)
-        sparse = weighted(score, v, "narrow")
+        sparse = weighted(score, v, pv)
     else:
         score = sm_scale * torch.einsum("blhd,bmhd->bhlm", q, k)
         p = score.masked_fill(~mask, -torch.inf).softmax(-1)

@@ -69,7 +69,7 @@ class Window:
         channels, length = HEADS * DIM, self.frames * self.tokens
         put = self.put
         self.k, self.v = (put(inputs.draw(n, 1, length, channels)) for n in "kv")
-        self.q = put(inputs.normal("q", 1, self.tokens, channels))
+        self.q = put(inputs.draw("q", 1, self.tokens, channels))
         self.weight = put(1 + 0.1 * inputs.normal("norm_weight", channels))
         self.slots = torch.randperm(
             self.frames + 2, generator=torch.Generator().manual_seed(inputs.seed)
@@ -121,7 +121,7 @@ class Window:
         options = {"num_heads": HEADS, "norm_weight": self.weight, "backend": self.inputs.backend}
         return rope_kv.query(self.q, table, quantize="int8", **options)  # type: ignore[return-value]
 
-    # --- In float64 ---------------------------------------------------------------------------------
+    # --- In float64 -----------------------------------------------------------------------------
 
     def keys(self) -> Tensor:
         """[1, F * N, H, D]: normed and rotated to where they were written."""

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reeltime import sla
+from reeltime import rope_kv, sla
 from reeltime.bench.accuracy import recipes
 from reeltime.bench.accuracy.case import Case
 from reeltime.bench.accuracy.inputs import Inputs, exact
 from reeltime.bench.accuracy.segments import Window
 
-KINDS = ("normal", "outlier", "constant_k", "constant_v", "zero_block", "single_token", "ragged",
-         "long", "strided")  # fmt: skip
+KINDS = ("normal", "outlier_k", "outlier_v", "constant_k", "constant_v", "zero_block",
+         "single_token", "ragged", "long", "strided")  # fmt: skip
 HEADS, DIM, EPS, BLOCK = 2, 64, 1e-5, 32
 SCALE = DIM**-0.5
 BLOCKS = {"block_q": BLOCK, "block_k": BLOCK}
@@ -137,11 +137,11 @@ def cases(inputs: Inputs) -> Iterator[Case]:
     queries, keys = inputs.lengths
     if inputs.kind == "long":
         keys = 2048
-    q = inputs.normal("q", 1, queries, HEADS, DIM)
+    q = inputs.draw("q", 1, queries, HEADS, DIM)
     k, v = (inputs.draw(name, 1, keys, HEADS, DIM) for name in "kv")
     for dtype in ("float64", "float32", "bfloat16"):
         yield from branches(inputs, dtype, *(inputs.put(x, dtype) for x in (q, k, v)))
-    yield from published(*(exact(inputs.put(x)) for x in (q, k, v)))
+    yield from published(inputs, *(inputs.put(x) for x in (q, k, v)))
     for format, dtype in (("plain", "float32"), ("plain", "bfloat16"), ("int8", "fp8")):
         yield from over_cache(inputs, format, dtype)
 
@@ -251,20 +251,49 @@ def summary(mask: Tensor, score: Tensor) -> Tensor:
     return torch.stack([mask.sum(-1), (mask * score.exp()).sum(-1)])
 
 
-def published(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
+def published(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
+    low = [exact(x) for x in (q, k, v)]
     for ratio in (0.1, 0.5):
-        want = plain(q, k, v, Rule(topk=ratio))
-        for name, low in (("TurboDiffusion SLA", False), ("SageSLA int8/fp8", True)):
-            yield Case(
-                "sla",
-                f"{name}, top {ratio:.0%}",
-                lambda r=ratio, low=low: recipes.turbodiffusion_sla(
-                    q, k, v, DIM**-0.5, ratio=r, low=low, **BLOCKS
-                ),
-                want.sparse + want.linear,
-                None,
-                recipes.SLA if low else recipes.TURBO,
-            )
+        want = plain(*low, Rule(topk=ratio))
+        yield Case(
+            "sla",
+            f"TurboDiffusion SLA, top {ratio:.0%}",
+            lambda r=ratio: recipes.turbodiffusion_sla(*low, SCALE, ratio=r, **BLOCKS),
+            want.sparse + want.linear,
+            None,
+            recipes.TURBO,
+        )
+    # In 8 bits ours is the cache: one segment, nothing normed or rotated, so that both see q, k, v.
+    batch, tokens, heads, dim = k.shape
+    options = {"format": "int8", "dtype": torch.float16, "device": k.device, "summaries": True}
+    cache = rope_kv.make_cache(batch, 1, tokens, heads, dim, **options)
+    slot = torch.zeros(1, dtype=torch.int64, device=k.device)
+    parts = [x.flatten(2) for x in (k, v)]
+    rope_kv.write(*parts, cache, slot, num_heads=heads, backend=inputs.backend)
+    keys, values = (list(x.split(64, 1)) for x in low[1:])
+    assert cache.k_mean is not None
+    ranking = [low[0]], list(exact(cache.k_mean[:, 0]).unbind(1))
+    want = equation([low[0]], keys, values, [0] * len(keys), Rule(topk=0.5), ranking)
+    yield Case(
+        "segment_sla",
+        "int8 block mean, v fp16, unrotated, top 50%",
+        lambda: sla.segment_sla(
+            q.unsqueeze(0), cache, slot, slot, topk=0.5, block_q=BLOCK, backend=inputs.backend
+        ),
+        want.sparse + want.linear,
+        sla.TOLERANCE["int8"],
+    )
+    for name, pv in (("pv fp16", "fp16"), ("pv fp8 fp16-acc", "narrow")):
+        yield Case(
+            "segment_sla",
+            f"SageSLA int8, {name}, top 50%",
+            lambda pv=pv: recipes.turbodiffusion_sla(
+                *low, SCALE, ratio=0.5, block_q=BLOCK, block_k=64, pv=pv
+            ),
+            want.sparse + want.linear,
+            None,
+            recipes.SLA,
+        )
 
 
 def over_cache(inputs: Inputs, format: str, dtype: str) -> Iterator[Case]:

@@ -237,20 +237,25 @@ class Windows:
             frames=frames,
         )
 
-    def draw(self, window: Window, count: int) -> tuple[Tensor, Tensor]:
+    def draw(self, window: Window, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ground-truth pixels of `count` random video frames of each row of a window.
 
         Returns:
-            index [B, count] into the window's video frames, pixels [B, count, S, S, 3] uint8.
+            index [B, count] into the window's video frames, pixels [B, count, S, S, 3] uint8, and
+            mouth [B, count, S, S] bool: the pixels that another mouth would change.
         """
         batch, latent_frames = window.frames.shape
         index = torch.randint(4 * latent_frames, (batch, count), generator=self.generator)
         video = torch.gather(window.frames, 1, index // 4) * 4 + index % 4
-        pixels = []
+        pixels, mouth = [], []
         for person, moments in zip(window.person.tolist(), video, strict=True):
             who = Identity.from_vector(self.pool["people"][person].numpy())
-            pixels.append(render(who, self.pool["poses"][person, moments].numpy()))
-        return index, torch.from_numpy(np.stack(pixels))
+            poses = self.pool["poses"][person, moments].numpy()
+            other = poses.copy()
+            other[:, -1] = poses[:, -1] < 0.5
+            pixels.append(render(who, poses))
+            mouth.append((pixels[-1] != render(who, other)).any(-1))
+        return index, torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(mouth))
 
 
 @dataclass
@@ -324,20 +329,22 @@ def predict_x0(
     return forward(clean, aim)
 
 
-def pixel_loss(codec: ConvCodec, predicted: Tensor, drawn: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean squared error, on [-1, 1], of a few decoded video frames against the renderer.
+def pixel_loss(codec: ConvCodec, predicted: Tensor, drawn: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Weighted mean squared error, on [-1, 1], of a few decoded video frames.
 
-    Pixels count for more the further they are from the mean of the row's frames: what moves is a
-    small part of the picture (a mouth is 2% of it) and all of what a person looks at.
+    What moves is a small part of the picture (a mouth is 2% of it) and all of what a person looks
+    at: pixels count for more the further they are from the mean of the row's frames, and more
+    again where the mouth is.
     """
-    index, pixels = drawn
+    index, pixels, mouth = drawn
     z = predicted.unflatten(2, (4, -1)).flatten(1, 2)  # (B, video frames, 16, h, w)
     z = z[torch.arange(len(z))[:, None], index].flatten(0, 1)
     z = z * codec.std[:, None, None] + codec.mean[:, None, None]
     truth = to_planes(pixels.flatten(0, 1))
-    mean = truth.unflatten(0, index.shape).mean(1, keepdim=True)
-    moved = (truth.unflatten(0, index.shape) - mean).abs().mean(2, keepdim=True).flatten(0, 1)
-    return ((1 + 6 * moved) * (codec.decoder(z) - truth).square()).mean()
+    rows = truth.unflatten(0, index.shape)
+    moved = (rows - rows.mean(1, keepdim=True)).abs().mean(2, keepdim=True).flatten(0, 1)
+    weight = 1 + 6 * moved + 10 * mouth.flatten(0, 1)[:, None]
+    return (weight * (codec.decoder(z) - truth).square()).mean()
 
 
 def make_optimisers(net: CausalTransformer, rate: float) -> list[torch.optim.Optimizer]:
