@@ -27,7 +27,9 @@ def worst(rows: Sequence[Row]) -> list[Row]:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.family, row.op, row.recipe), []).append(row)
-    return [max(group, key=nearness) for group in groups.values()]
+    found = [max(group, key=nearness) for group in groups.values()]
+    ops = list(dict.fromkeys((row.family, row.op) for row in rows))
+    return sorted(found, key=lambda row: ops.index((row.family, row.op)))
 
 
 def nearness(row: Row) -> tuple[bool, bool, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ SERIES = {
 OURS = ("#1b6ca8", "#d1495b", "#2a9d4a", "#8a5fbf", "#e08e0b")
 THEIRS = ("#444444", "#999999")
 MARKS = "os^Dv"
-FLOOR = 1e-9  # what is exact is drawn here
+FLOOR = 1e-9  # exact results are drawn here
 
 
 def draw(rows: Sequence[Row], out: Path) -> None:
@@ -81,52 +82,59 @@ def draw(rows: Sequence[Row], out: Path) -> None:
         panel(axes, family, [row for row in rows if row.family == family])
     for axes in list(figure.axes)[len(families) :]:
         axes.remove()
-    figure.suptitle("Error against float64, by input")
+    figure.suptitle(
+        "Error against float64 by input.  Filled: ours.  Hollow: published recipes.  "
+        "Bars: tolerance.  Exact results at the bottom."
+    )
     figure.savefig(out, dpi=110, metadata={"Software": None})
 
 
 def panel(axes: Any, family: str, rows: Sequence[Row]) -> None:
-    columns = kinds(family)
-    axes.set_yscale("log")
-    own = their = 0
-    limits: dict[float, str] = {}
-    series = SERIES[family]
-    ceiling = 1.0
+    """A mark per input and recipe; the bar of its colour above it is its tolerance."""
+    columns, series = kinds(family), SERIES[family]
+    errors = [row.relative_l1 for row in rows if math.isfinite(row.relative_l1)]
+    ceiling = 3 * max([1e-2, *errors])
+    styles = {
+        True: cycle(zip(OURS, MARKS, strict=True)),
+        False: cycle(zip(THEIRS, "sD", strict=True)),
+    }
+    lowest = ceiling
     for index, (op, recipe, label) in enumerate(series):
-        found = {row.input: row for row in rows if (row.op, row.recipe) == (op, recipe)}
-        if not found:
-            continue
-        first = next(iter(found.values()))
-        if ours(first):
-            style = {"color": OURS[own % len(OURS)], "marker": MARKS[own % len(MARKS)]}
-            own += 1
-            stated = next(row.tolerance_relative_l1 for row in found.values())
-            if stated:
-                limits.setdefault(stated, style["color"])
-        else:
-            color = THEIRS[their % len(THEIRS)]
-            style = {"color": color, "marker": "sD"[their % 2], "markerfacecolor": "none"}
-            their += 1
-        shift = (index - (len(series) - 1) / 2) * 0.11
-        errors = [found[kind].relative_l1 for kind in columns if kind in found]
-        places = [at + shift for at, kind in enumerate(columns) if kind in found]
-        shown = [min(max(e, FLOOR), ceiling) for e in errors]
-        axes.plot(places, shown, linestyle="none", markersize=6, label=label, **style)
-        for at, error in zip(places, errors, strict=True):
-            if not math.isfinite(error):
-                axes.annotate(
-                    "NaN", (at, ceiling), ha="center", va="bottom", fontsize=6, rotation=90
-                )
-    for limit, color in limits.items():
-        axes.axhline(limit, color=color, linestyle="--", linewidth=0.8, zorder=0)
-    axes.set_xticks(
-        range(len(columns)),
-        [kind.replace("_", "\n", 1) for kind in columns],
-        fontsize=8,
-    )
-    axes.set_ylim(FLOOR / 2, 6 * ceiling)
-    axes.set_ylabel("relative L1 (exact: at the bottom)", fontsize=8)
-    axes.set_title(f"{family}   (- - tolerance)", loc="left", fontsize=10)
+        found = [row for row in rows if (row.op, row.recipe) == (op, recipe)]
+        mine = all(ours(row) for row in found)
+        color, mark = next(styles[mine])
+        fill = color if mine else "none"
+        shift = 0.8 * ((index + 0.5) / len(series) - 0.5)
+        places = [columns.index(row.input) + shift for row in found]
+        heights = [min(max(row.relative_l1, FLOOR), ceiling) for row in found]
+        lowest = min([lowest, *heights])
+        axes.plot(
+            places,
+            heights,
+            linestyle="none",
+            marker=mark,
+            markersize=5,
+            color=color,
+            markerfacecolor=fill,
+            label=label,
+        )
+        for at, row in zip(places, found, strict=True):
+            if row.tolerance_relative_l1 is not None:
+                axes.plot(at, row.tolerance_relative_l1, marker="_", color=color, markersize=7)
+            if not math.isfinite(row.relative_l1):
+                axes.annotate("NaN", (at, ceiling), (0, 4), textcoords="offset points",
+                              ha="center", fontsize=6)  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_ylim(lowest / 3, 5 * ceiling)
+    names = [kind.replace("_", "\n", 1) for kind in columns]
+    axes.set_xticks(range(len(columns)), names, fontsize=8)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    for edge in range(1, len(columns)):
+        axes.axvline(edge - 0.5, color="#e6e6e6", linewidth=0.8, zorder=0)
     axes.grid(axis="y", color="#e6e6e6")
     axes.set_axisbelow(True)
-    axes.legend(fontsize=7, ncols=2, loc="lower left", framealpha=0.9)
+    axes.set_ylabel("relative L1", fontsize=8)
+    axes.set_title(family, loc="left", fontsize=11)
+    axes.legend(
+        fontsize=7.5, ncols=3, loc="upper left", bbox_to_anchor=(-0.01, -0.12), frameon=False
+    )

@@ -7,6 +7,7 @@ torch is imported inside the command: --help must not wait for it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from reeltime.bench.accuracy.check import Row
+
+PIPED_WIDTH = 120  # of tables that no terminal shows
 
 
 def register(app: typer.Typer) -> None:
@@ -89,7 +92,10 @@ def check(
             rows += running.check(name, kind, backend=chosen[name], device=place, seed=seed)
             bar.advance(task)
 
-    draw(Console(stderr=as_json), rows, every)
+    console = Console(stderr=as_json)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPED_WIDTH
+    draw(console, rows, every)
     if update is not None:
         from reeltime.bench.accuracy import pages
 
@@ -147,6 +153,8 @@ def draw(console: Console, rows: Sequence[Row], every: bool) -> None:
         mine = [row for row in rows if row.family == family]
         worst = pages.worst(mine)
         shown = [row for row in mine if every or row in worst or row.passed is False]
+        order = {(row.op, row.recipe): index for index, row in enumerate(worst)}
+        shown.sort(key=lambda row: order[row.op, row.recipe])
         table = Table(
             title=f"{family}, {len({row.input for row in mine})} kinds of input",
             title_justify="left",
@@ -192,6 +200,6 @@ def cells(row: Row) -> list[Text]:
         Text(row.input.replace("_", " ")),
         Text(f"{row.cosine:.5f}"),
         *(Text(number(error)) for error in errors),
-        Text(" ".join(number(limit) for limit in limits if limit is not None)),
+        Text(" ".join(f"{limit:.2g}" for limit in limits if limit is not None)),
         Text(verdict(row), style={True: "green", False: "bold red", None: "dim"}[row.passed]),
     ]
