@@ -470,7 +470,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where weights, logs and loss.png go.")] = Path(
         "build/miniature"
     ),
-    minutes: Annotated[float, typer.Option(help="Minutes for the transformer.")] = 61.0,
+    minutes: Annotated[float, typer.Option(help="Minutes for the transformer.")] = 70.0,
     codec_minutes: Annotated[float, typer.Option(help="Minutes for the codec.")] = 7.5,
     people: Annotated[int, typer.Option(help="Clips to render for the transformer.")] = 2400,
     pictures: Annotated[int, typer.Option(help="People to render for the codec.")] = 6000,
