@@ -12,7 +12,7 @@ from reeltime.model.config import PRESETS, ModelConfig, preset
 from reeltime.model.kv_cache import DenseMemory, StreamMemory
 from reeltime.model.layers import patchify, unpatchify
 from reeltime.model.layout import LAYOUTS, Segment, StreamLayout, layout
-from reeltime.model.sampler import timesteps
+from reeltime.model.sampler import add_noise, timesteps, to_x0
 from reeltime.model.stream import Stream
 from reeltime.model.transformer import CausalTransformer
 
@@ -185,6 +185,21 @@ def test_twin_cache_reads_noisy_history_until_the_last_step():
         assert not set(plan.block_table[: -CONFIG.chunk].tolist()) & set(plan.write_slots.tolist())
 
 
+@pytest.mark.parametrize(("steps", "written"), [(1, False), (2, True), (3, True)])
+def test_noisy_history_comes_from_an_intermediate_step(net, steps, written):
+    """Chunks after the first leave noisy keys behind, other ones than the cache pass leaves."""
+    s = stream(net, steps=steps)
+    for _ in range(3):
+        s.next_latents(contexts(2))
+    memory = s.memory
+    k = memory.caches[-1].k[0]
+    ring = torch.arange(2 * CONFIG.chunk)  # two chunks since the kept one
+    noisy, clean = k[memory.noisy_base + ring], k[memory.clean_base + ring]
+    assert (noisy.flatten(1).abs().amax(1) > 0).all() == written
+    assert (clean.flatten(1).abs().amax(1) > 0).all()
+    assert (noisy - clean).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_fill_phase_sees_only_what_was_written(name):
     memory = StreamMemory(CONFIG, layout(name, CONFIG), GRID)
@@ -269,6 +284,15 @@ def test_patches_round_trip():
     tokens = patchify(x, (p, q))  # channel-major patches in, patch-major patches out
     reordered = tokens.unflatten(-1, (4, p, q)).permute(0, 1, 3, 4, 2).flatten(2)
     assert torch.equal(unpatchify(reordered, 3, GRID, (p, q)), x)
+
+
+def test_noise_and_prediction_follow_the_flow():
+    """x_t = (1 - sigma) x0 + sigma noise, and a velocity of noise - x0 leads back to x0."""
+    x0, noise = latents(2), latents(2, 8)
+    x_t = add_noise(x0, noise, 0.25)
+    torch.testing.assert_close(x_t, 0.75 * x0 + 0.25 * noise)
+    torch.testing.assert_close(to_x0(noise - x0, x_t, 0.25, "velocity"), x0, atol=1e-6, rtol=0)
+    assert to_x0(x0, x_t, 0.25, "x0") is x0
 
 
 def test_schedule_matches_published_lists():

@@ -19,7 +19,9 @@ KINDS = ("normal", "outlier_k", "outlier_v", "constant_k", "constant_v", "zero_b
          "single_token", "ragged", "long", "strided")  # fmt: skip
 HEADS, DIM = 2, 64
 SMOOTH = {"block": "block mean", "sequence": "sequence mean", None: "no mean"}
-LOW = [("int8", pv, smooth) for pv in (None, "fp16", "fp8") for smooth in SMOOTH]
+LOW: list[tuple[str | None, ...]] = [
+    ("int8", pv, smooth) for pv in (None, "fp16", "fp8") for smooth in SMOOTH
+]
 LOW += [("fp8", "fp8", smooth) for smooth in SMOOTH] + [
     (None, pv, "block") for pv in ("fp16", "fp8")
 ]
@@ -62,7 +64,8 @@ def cases(inputs: Inputs) -> Iterator[Case]:
 
 
 def full(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
-    tolerance, exact_qkv = attention.TOLERANCE[dtype], [exact(x) for x in (q, k, v)]
+    tolerance = attention.TOLERANCE[dtype]
+    exact_qkv = (exact(q), exact(k), exact(v))
     rows, columns = q.shape[1], k.shape[1]
     causal = torch.arange(columns) <= torch.arange(rows).unsqueeze(1) + columns - rows
     mask = inputs.normal("mask", 1, HEADS, rows, columns) > 0

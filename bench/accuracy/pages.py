@@ -23,17 +23,19 @@ def number(value: float | None) -> str:
 
 
 def worst(rows: Sequence[Row]) -> list[Row]:
-    """Of each op and recipe the input that comes nearest to its tolerance."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    """Of each op and recipe the input that comes nearest to its tolerance, and the worst of those
+    that have none."""
+    groups: dict[tuple[str, str, str, bool], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.family, row.op, row.recipe), []).append(row)
+        key = (row.family, row.op, row.recipe, row.passed is None)
+        groups.setdefault(key, []).append(row)
     found = [max(group, key=nearness) for group in groups.values()]
     ops = list(dict.fromkeys((row.family, row.op) for row in rows))
     return sorted(found, key=lambda row: ops.index((row.family, row.op)))
 
 
-def nearness(row: Row) -> tuple[bool, bool, float]:
-    return (row.passed is False, row.passed is not None, row.share)
+def nearness(row: Row) -> tuple[bool, float]:
+    return (row.passed is False, row.share)
 
 
 def verdict(row: Row) -> str:

@@ -74,7 +74,7 @@ def query(window: Window) -> Tensor:
         norm_weight=window.weight,
         eps=EPS,
         backend=window.inputs.backend,
-    )  # type: ignore[return-value]
+    )
 
 
 def decoded(low: Tensor, scale: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Window:
             self.asks.to(self.inputs.device), self.grid, DIM, dtype=self.wide
         )
         options = {"num_heads": HEADS, "norm_weight": self.weight, "backend": self.inputs.backend}
-        return rope_kv.query(self.q, table, quantize="int8", **options)  # type: ignore[return-value]
+        return rope_kv.query(self.q, table, quantize="int8", **options)
 
     # --- In float64 -----------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -147,9 +148,11 @@ def cases(inputs: Inputs) -> Iterator[Case]:
 
 
 def branches(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
-    tolerance, options = sla.TOLERANCE[dtype], {"backend": inputs.backend}
+    tolerance = sla.TOLERANCE[dtype]
+    options: dict[str, Any] = {"backend": inputs.backend}
     wide = sla.TOLERANCE["float64" if dtype == "float64" else "float32"]  # of statistics
-    low, blocks = [exact(x) for x in (q, k, v)], BLOCKS
+    low = (exact(q), exact(k), exact(v))
+    blocks: dict[str, Any] = BLOCKS
     rule = Rule(topk=0.5, negligible=0.25)
     want = plain(*low, rule)
 
@@ -172,8 +175,8 @@ def branches(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Ite
         yield Case("summaries", f"{dtype} {name}", run, total, wide)
 
     def masks(**more: Any) -> tuple[sla.CSR, sla.CSR]:
-        pooled = [sla.pool(x, block=32)[0] for x in (q, k)]
-        return sla.block_mask(*pooled, **more, **options)  # type: ignore[return-value]
+        pooled_q, pooled_k = (sla.pool(x, block=32)[0] for x in (q, k))
+        return sla.block_mask(pooled_q, pooled_k, **more, **options)
 
     # What was selected is compared by its score, so that another order of equals is no error.
     for name, more, chosen in (
@@ -199,9 +202,7 @@ def branches(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Ite
     sums = sla.summaries(k, v, block_k=32)
     for over, lists in (("all", None), ("unselected", csr), ("marginal", rest)):
         parts = plain(*low, rule._replace(over=over))
-        run = lambda o=over, c=lists: sla.linear_attention(  # noqa: E731
-            q, *sums, c, over=o, block_q=32, **options
-        )
+        run = partial(sla.linear_attention, q, *sums, lists, over=over, block_q=32, **options)
         yield Case("linear_attention", f"{dtype} over {over}", run, parts.linear, tolerance)
 
     weight, bias = (inputs.put(inputs.normal(n, *s), dtype) for n, s in PROJECTION)
@@ -209,7 +210,11 @@ def branches(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Ite
         if dtype != "float32" and name not in ("top 10%", "top 50%, unselected"):
             continue
         parts = plain(*low, chosen)
-        given = {"topk": chosen.topk, "topp": chosen.topp, "negligible": chosen.negligible}
+        given: dict[str, Any] = {
+            "topk": chosen.topk,
+            "topp": chosen.topp,
+            "negligible": chosen.negligible,
+        }
         given |= {"over": chosen.over, "similarity": chosen.similarity, "phi": chosen.phi}
         far = parts.linear
         if "projected" in name:
@@ -252,7 +257,7 @@ def summary(mask: Tensor, score: Tensor) -> Tensor:
 
 
 def published(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:
-    low = [exact(x) for x in (q, k, v)]
+    low = (exact(q), exact(k), exact(v))
     for ratio in (0.1, 0.5):
         want = plain(*low, Rule(topk=ratio))
         yield Case(
@@ -268,8 +273,7 @@ def published(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]
     options = {"format": "int8", "dtype": torch.float16, "device": k.device, "summaries": True}
     cache = rope_kv.make_cache(batch, 1, tokens, heads, dim, **options)
     slot = torch.zeros(1, dtype=torch.int64, device=k.device)
-    parts = [x.flatten(2) for x in (k, v)]
-    rope_kv.write(*parts, cache, slot, num_heads=heads, backend=inputs.backend)
+    rope_kv.write(k.flatten(2), v.flatten(2), cache, slot, num_heads=heads, backend=inputs.backend)
     keys, values = (list(x.split(64, 1)) for x in low[1:])
     assert cache.k_mean is not None
     ranking = [low[0]], list(exact(cache.k_mean[:, 0]).unbind(1))
