@@ -613,11 +613,13 @@ def update_readme(readme: Path, text: str) -> None:
 
 
 def show(results: dict[str, Any], judged: bool) -> None:
-    """Tables for people, on stderr."""
+    """Tables for people, on stderr; wide ones where nobody's terminal is in the way."""
+    wide = console if console.is_terminal else Console(stderr=True, width=146)
     table = Table("", *COLUMNS, title="The miniature")
+    table.columns[0].no_wrap = True
     for name, cells in table_rows(results):
         table.add_row(name.strip("*"), *cells)
-    console.print(table)
+    wide.print(table)
     table = Table("target", "at least", "measured", "", title="Targets")
     for name, value in measured(results).items():
         verdict = "" if value is None else "reached" if value >= TARGETS[name] else "MISSED"
@@ -625,7 +627,7 @@ def show(results: dict[str, Any], judged: bool) -> None:
         table.add_row(
             name, f"{TARGETS[name]:g}", shown, verdict if judged else "too short to judge"
         )
-    console.print(table)
+    wide.print(table)
 
 
 # --- Pictures -----------------------------------------------------------------------------------

@@ -161,8 +161,9 @@ def draw(console: Console, rows: Sequence[Row], every: bool) -> None:
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             collapse_padding=True,
+            show_edge=False,
         )
-        table.add_column("op and recipe", overflow="fold", min_width=20)
+        table.add_column("op and recipe", overflow="fold", min_width=14)
         table.add_column("input" if every else "worst input", no_wrap=True)
         for name in ("cosine", "L1", "RMSE", "max", "tolerance", ""):
             table.add_column(name, justify="left" if name in ("", "tolerance") else "right")
