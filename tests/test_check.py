@@ -45,9 +45,9 @@ def run(capsys: Any, *arguments: str) -> tuple[int, str, str]:
 @pytest.fixture(scope="module")
 def everything() -> tuple[list[check.Row], set[str]]:
     """All rows of the default check, and which registered ops ran for them."""
-    ran, call = set(), backends.Op.__call__
+    ran, call = set(), backends.Op.run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends.Op, "__call__", lambda op, *a: ran.add(op.name) or call(op, *a))
+        patch.setattr(backends.Op, "run", lambda op, *a: ran.add(op.name) or call(op, *a))
         rows = [
             row
             for family in backends.FAMILIES
@@ -91,11 +91,13 @@ def test_every_family_meets_every_adversity(rows):
         assert {re.sub("_[kv]$", "", kind) for kind in kinds} == named
 
 
-def test_every_format_with_a_tolerance_is_judged(rows):
+def test_every_stated_tolerance_of_a_float_format_is_used(rows):
     for family in backends.FAMILIES:
-        stated = import_module(f"reeltime.{family}").TOLERANCE.values()
+        stated = import_module(f"reeltime.{family}").TOLERANCE
         used = {(r.tolerance_relative_l1, r.tolerance_peak) for r in rows if r.family == family}
-        assert {tuple(limit) for limit in stated} - used <= {(2e-3, 2e-2)}  # sla in float16
+        assert [
+            name for name, limit in stated.items() if "float" in name and limit not in used
+        ] == []
 
 
 def test_oracles_import_no_reference():
@@ -212,7 +214,7 @@ MISTAKES = {
     ),
     "rope_kv: angles in float32": (
         "rope_kv", "long",
-        swapped(rope_kv, "rope_table", frame_positions=lambda p: p / 3 * 3 + p * 1e-9),
+        swapped(rope_kv, "rope_table", frame_positions=lambda p: p.double() * (1 + 2**-24)),
     ),
     "rope_kv: block mean dropped": (
         "rope_kv", "normal", changed(rope_kv, "block_mean", lambda f: lambda *a: zeros(f(*a))),

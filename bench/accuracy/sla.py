@@ -14,7 +14,7 @@ from torch import Tensor
 from reeltime import rope_kv, sla
 from reeltime.bench.accuracy import recipes
 from reeltime.bench.accuracy.case import Case
-from reeltime.bench.accuracy.inputs import Inputs, exact
+from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
 from reeltime.bench.accuracy.segments import Window
 
 KINDS = ("normal", "outlier_k", "outlier_v", "constant_k", "constant_v", "zero_block",
@@ -140,7 +140,7 @@ def cases(inputs: Inputs) -> Iterator[Case]:
         keys = 2048
     q = inputs.draw("q", 1, queries, HEADS, DIM)
     k, v = (inputs.draw(name, 1, keys, HEADS, DIM) for name in "kv")
-    for dtype in ("float64", "float32", "bfloat16"):
+    for dtype in DTYPES:
         yield from branches(inputs, dtype, *(inputs.put(x, dtype) for x in (q, k, v)))
     yield from published(inputs, *(inputs.put(x) for x in (q, k, v)))
     for format, dtype in (("plain", "float32"), ("plain", "bfloat16"), ("int8", "fp8")):
