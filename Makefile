@@ -53,7 +53,7 @@ lint: $(STAMP)
 bench: bench-miniature
 
 bench-miniature: $(STAMP)
-	$(BIN)/python -m reeltime.bench.bench_miniature
+	$(BIN)/python -m reeltime.bench.bench_miniature --update-readme
 
 train-miniature: $(STAMP)
 	$(BIN)/python -m reeltime.model.miniature.train

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -43,6 +43,13 @@ torch.utils._device._device_constructors()
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in POISONED:
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def keep_subnormals() -> Iterator[None]:
+    """Commands flush subnormal numbers to zero for speed; the next test must not inherit that."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
