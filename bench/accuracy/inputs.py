@@ -17,7 +17,7 @@ KINDS = {
     "constant": "all tokens equal; for norm, all channels too",
     "constant_k": "all keys equal",
     "constant_v": "all values equal",
-    "zero_block": "the first 128 tokens are zero",
+    "zero_block": "the first 128 tokens are zero, of queries 64",
     "single_token": "one token, one key",
     "ragged": "lengths that no block divides",
     "long": "4096 keys or summands, stream position 1,000,000",
@@ -63,7 +63,7 @@ class Inputs:
             # Sixteenths: sums and means of equal tokens are exact, so that ties stay ties.
             x = (16 * x.narrow(tokens, 0, 1)).round().div(16).expand(shape).clone()
         if self.kind == "zero_block":
-            x.narrow(tokens, 0, min(128, shape[tokens])).zero_()
+            x.narrow(tokens, 0, min(64 if name == "q" else 128, shape[tokens])).zero_()
         return x
 
     def put(self, x: Tensor, dtype: str = "float32") -> Tensor:

@@ -159,11 +159,10 @@ def draw(console: Console, rows: Sequence[Row], every: bool) -> None:
             title=f"{family}, {len({row.input for row in mine})} kinds of input",
             title_justify="left",
             box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            collapse_padding=True,
+            padding=0,  # the box parts columns by a space of its own
             show_edge=False,
         )
-        table.add_column("op and recipe", overflow="fold", min_width=14)
+        table.add_column("op and recipe", overflow="fold", min_width=12)
         table.add_column("input" if every else "worst input", no_wrap=True)
         for name in ("cosine", "L1", "RMSE", "max", "tolerance", ""):
             table.add_column(name, justify="left" if name in ("", "tolerance") else "right")
@@ -192,7 +191,7 @@ def draw(console: Console, rows: Sequence[Row], every: bool) -> None:
 
 def cells(row: Row) -> list[Text]:
     from reeltime.bench.accuracy.check import ours
-    from reeltime.bench.accuracy.pages import number, verdict
+    from reeltime.bench.accuracy.pages import number, short, verdict
 
     limits = (row.tolerance_relative_l1, row.tolerance_peak)
     errors = (row.relative_l1, row.rmse, row.peak)
@@ -201,6 +200,6 @@ def cells(row: Row) -> list[Text]:
         Text(row.input.replace("_", " ")),
         Text(f"{row.cosine:.5f}"),
         *(Text(number(error)) for error in errors),
-        Text(" ".join(f"{limit:.2g}" for limit in limits if limit is not None)),
+        Text(" ".join(short(limit) for limit in limits if limit is not None)),
         Text(verdict(row), style={True: "green", False: "bold red", None: "dim"}[row.passed]),
     ]
