@@ -22,6 +22,10 @@ def number(value: float | None) -> str:
     return "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
+def short(limit: float) -> str:
+    return f"{limit:.2g}".replace("e-0", "e-")
+
+
 def worst(rows: Sequence[Row]) -> list[Row]:
     """Of each op and recipe the input that comes nearest to its tolerance, and the worst of those
     that have none."""
@@ -70,7 +74,7 @@ def _lines(rows: Sequence[Row]) -> Iterator[str]:
             yield (
                 f"| {row.op} | {row.recipe} | {row.input.replace('_', ' ')} | {row.cosine:.6f} "
                 f"| {number(row.relative_l1)} | {number(row.rmse)} | {number(row.peak)} "
-                f"| {', '.join(number(limit) for limit in limits if limit is not None)} "
+                f"| {', '.join(short(limit) for limit in limits if limit is not None)} "
                 f"| {verdict(row)} |"
             )
         yield "\n</details>"

@@ -162,7 +162,7 @@ def draw(console: Console, rows: Sequence[Row], every: bool) -> None:
             padding=0,  # the box parts columns by a space of its own
             show_edge=False,
         )
-        table.add_column("op and recipe", overflow="fold", min_width=12)
+        table.add_column("op and recipe", overflow="fold", min_width=8)
         table.add_column("input" if every else "worst input", no_wrap=True)
         for name in ("cosine", "L1", "RMSE", "max", "tolerance", ""):
             table.add_column(name, justify="left" if name in ("", "tolerance") else "right")
