@@ -15,7 +15,8 @@ from reeltime import rope_kv
 from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
 
 HEADS, DIM, THETA, EPS = 2, 64, 10000.0, 1e-6
-GRIDS = {"single_token": (1, 1), "ragged": (7, 10), "long": (16, 32), "constant": (8, 16)}
+GRIDS = {"single_token": (1, 1), "ragged": (7, 10), "long": (16, 32)}
+GRIDS |= {"constant": (8, 16), "zero_block": (8, 16)}
 FRAMES = {"single_token": 1, "long": 8}
 FIRST = {"long": 1_000_000}  # position of the oldest frame in the stream
 GAP, MOVED = 5, 3  # frames
