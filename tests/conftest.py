@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test sees poisoned memory: whatever torch.empty returns is NaN until it is written."""
+"""Every test sees poisoned memory: whatever torch.empty returns is NaN, or 91, until written."""
 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.utils._device
+
+# Without a GPU, Triton kernels run in the interpreter; Triton decides when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Each allocates without writing.
 POISONED = (
@@ -21,7 +26,7 @@ POISONED = (
 
 
 def poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`allocate`, with its floating-point results filled with NaN."""
+    """`allocate`, with its floating-point results filled with NaN and small integers with 91."""
 
     @functools.wraps(allocate)
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
@@ -29,6 +34,8 @@ def poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         if tensor.is_floating_point():
             with torch.no_grad():
                 tensor.fill_(float("nan"))
+        elif tensor.dtype in (torch.int8, torch.int32):
+            tensor.fill_(91)
         return tensor
 
     return poisoned
@@ -43,6 +50,12 @@ torch.utils._device._device_constructors()
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in POISONED:
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: a GPU, or the CPU with Triton interpreted."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

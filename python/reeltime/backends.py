@@ -5,12 +5,15 @@ TABLE is the only place that knows what exists.  `Op` gives one contract its thr
 
 - the reference, called directly, so that autograd and torch.compile see plain PyTorch;
 - `torch.ops.reeltime.<name>`, opaque, with a fake kernel: what hand-written kernels run behind, and
-  what exported graphs hold.  Its gradient is that of the reference, recomputed;
-- its kernels by backend, which `triton.py` and the C++ bindings fill in.
+  what exported graphs hold.  Its gradient is the kernel's own or the reference's, recomputed;
+- its kernels by backend, which a family's `triton.py` and `cuda.py` add when first asked for.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,29 +37,51 @@ class Row:
         return not self.device_types or device.type in self.device_types
 
 
-# The order is the order of preference: "auto" takes the first row that serves the device.
-TABLE: tuple[Row, ...] = tuple(Row(family, "reference") for family in FAMILIES)
+def _triton(*device_types: str) -> tuple[Row, ...]:
+    installed = importlib.util.find_spec("triton") is not None
+    return tuple(Row(family, "triton", device_types) for family in FAMILIES if installed)
 
 
-def resolve(family: str, backend: str, device: torch.device) -> str:
+# The order is the order of preference: "auto" takes the first row that serves the call.  On CPUs
+# Triton interprets, which is for tests: TRITON_INTERPRET=1 allows it and "auto" never asks for it.
+# On meta tensors a kernel gives shapes, and reeltime port records what it would launch.
+TABLE: tuple[Row, ...] = (
+    *_triton("cuda"),
+    *(Row(family, "reference") for family in FAMILIES),
+    *_triton("meta", *["cpu"] * (os.environ.get("TRITON_INTERPRET") == "1")),
+)
+
+
+def resolve(
+    family: str,
+    backend: str,
+    device: torch.device,
+    op: Op | None = None,
+    args: tuple[Any, ...] = (),
+) -> str:
     """The backend that a call runs on.
 
+    Args:
+        op, args: the call; without them, any call of the family.
     Raises:
         ValueError: an unknown family or backend.
-        UnsupportedArchError: no row of TABLE serves this family, backend and device.
+        UnsupportedArchError: no row of TABLE serves this family, backend, device and arguments.
     """
     for row in TABLE:
         if row.family == family and backend in ("auto", row.backend) and row.runs_on(device):
-            return row.backend
+            if op is None or op.refuses(row.backend, device, args) is None:
+                return row.backend
     from reeltime import arch, checks
 
     checks.choice("family", family, FAMILIES)
     checks.choice("backend", backend, BACKENDS)
     served = [row.backend for row in TABLE if row.family == family and row.runs_on(device)]
-    offer = " or ".join(f"backend={name!r}" for name in served) or "another device"
+    why = op.refuses(backend, device, args) if op and backend in served else None
+    offer = " or ".join(f"backend={name!r}" for name in served if name != backend)
     raise arch.UnsupportedArchError(
-        f"backend: {backend!r} cannot serve {family} on {device} in this build. Pass {offer}, or "
-        "backend='auto' to let the table choose."
+        f"backend: {backend!r} cannot serve {family} on {device} in this build"
+        f"{f': {why}' if why else ''}. Pass {offer or 'another device'}, or backend='auto' to let "
+        "the table choose."
     )
 
 
@@ -66,12 +91,20 @@ def support_matrix() -> list[dict[str, object]]:
     for family in FAMILIES:
         for backend in BACKENDS[1:]:
             found = [row for row in TABLE if (row.family, row.backend) == (family, backend)]
-            where = ", ".join(found[0].device_types) or "any device" if found else ""
+            devices = [name for row in found for name in row.device_types if name != "meta"]
+            where = ", ".join(devices) or "any device"
             why = f"runs on {where}" if found else f"this build has no {backend} kernel for it"
             rows.append(
                 {"family": family, "backend": backend, "available": bool(found), "why": why}
             )
     return rows
+
+
+@torch.compiler.assume_constant_result
+def load(family: str, backend: str, op: str) -> bool:
+    """Import reeltime.<family>.<backend>, which adds its kernels; whether `op` has one then."""
+    importlib.import_module(f"reeltime.{family}.{backend}")
+    return backend in OPS[op].kernels
 
 
 LIBRARY = torch.library.Library("reeltime", "DEF")
@@ -98,6 +131,8 @@ class Op:
         self.name = schema.split("(")[0]
         self.reference = reference
         self.kernels: dict[str, Callable[..., Any]] = {"reference": reference}
+        self.unless: dict[str, Callable[..., str | None]] = {}
+        self.gradients: dict[str, Callable[..., Any]] = {}
         self.overload = self.forward = self._register(self.name, schema, fake)
         if differentiable:
             torch.library.register_autograd(
@@ -117,16 +152,53 @@ class Op:
         )
         return getattr(torch.ops.reeltime, name).default
 
+    def kernel(self, backend: str, *, unless: Callable[..., str | None] | None = None) -> Any:
+        """Decorate the function that serves this op on `backend`.
+
+        `unless(device, *args)` says why these arguments cannot be served, or None.
+        """
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.kernels[backend] = function
+            if unless is not None:
+                self.unless[backend] = unless
+            return function
+
+        return add
+
+    def gradient(self, backend: str) -> Any:
+        """Decorate the gradient of this op on `backend`: (args, grads, needed) -> one per arg.
+
+        `args` as the kernel takes them, `grads` one per output (None: unused), `needed` one bool
+        per arg.  Without one, the gradient is that of the reference, recomputed.
+        """
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.gradients[backend] = function
+            return function
+
+        return add
+
+    def refuses(self, backend: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
+        """Why `backend` cannot serve these arguments, or None."""
+        if backend not in self.kernels and not load(self.family, backend, self.name):
+            return f"it has no kernel for {self.name}"
+        unless = self.unless.get(backend)
+        return None if unless is None else unless(device, *args)
+
     def run(self, backend: str, device: torch.device, *args: Any) -> Any:
         """Run on what `backend` resolves to: the reference directly, a kernel behind the op."""
-        chosen = resolve(self.family, backend, device)
+        chosen = resolve(self.family, backend, device, self, args)
         if chosen == "reference":
             return self.reference(*args)
         op = self.overload if torch.is_grad_enabled() else self.forward
         return op(*args, chosen)
 
     def _run(self, *args: Any) -> Any:
-        return self.kernels[args[-1]](*args[:-1])
+        backend = args[-1]
+        if backend not in self.kernels:
+            load(self.family, backend, self.name)
+        return self.kernels[backend](*args[:-1])
 
     @staticmethod
     def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -134,9 +206,13 @@ class Op:
         ctx.plain = [None if isinstance(a, Tensor) else (a,) for a in inputs]
 
     def _backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Recompute through the reference: a kernel needs no backward of its own to be trained."""
+        """The kernel's own gradient; without one, recomputed through the reference."""
         saved = iter(ctx.saved_tensors)
         needed = ctx.needs_input_grad
+        backend = ctx.plain[-1][0]
+        if backend in self.gradients:
+            args = [next(saved) if plain is None else plain[0] for plain in ctx.plain]
+            return (*self.gradients[backend](args[:-1], grads, needed[:-1]), None)
         args = [
             next(saved).detach().requires_grad_(need) if plain is None else plain[0]
             for plain, need in zip(ctx.plain, needed, strict=True)
