@@ -224,11 +224,13 @@ def perform(
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the same weights."""
+    """A way to run the same weights, or those of a sparse adapter over them."""
 
     layout: StreamLayout
     steps: int = 3
     rope_on_cache: bool = False
+    sparsity: int = 0  # percent of key blocks left to the linear branch of sparse attention
+    tuned: bool = True  # with the adapter that was trained for it
     noisy_only: bool = False  # the last step reads the noisy cache too
 
 
@@ -252,6 +254,10 @@ def variants(config: Any) -> dict[str, Variant]:
         "4 steps": Variant(base, steps=4),
         "2 steps": Variant(base, steps=2),
         "1 step": Variant(base, steps=1),
+        "SLA, 50% sparse": Variant(base, sparsity=50),
+        "SLA, 50% sparse, not fine-tuned": Variant(base, sparsity=50, tuned=False),
+        "SLA, 90% sparse": Variant(base, sparsity=90),
+        "SLA, 90% sparse, not fine-tuned": Variant(base, sparsity=90, tuned=False),
     }
 
 
@@ -306,6 +312,15 @@ class Bench:
     out: Path
     pictures: Path
     results: dict[str, Any] = field(default_factory=dict)
+    folder: Path = weights.FOLDER
+
+    def model_of(self, variant: Variant) -> tuple[CausalTransformer, ConvCodec]:
+        """The model, or the sparse one that `variant` asks for."""
+        if not variant.sparsity:
+            return self.model
+        transformer, codec = self.model
+        adapter = self.folder / f"sla-{variant.sparsity}.safetensors" if variant.tuned else None
+        return weights.sparse(transformer, variant.sparsity, adapter), codec
 
     def save(self) -> None:
         document = {"settings": self.settings, "machine": machine(), **self.results}
@@ -373,10 +388,20 @@ class Bench:
     def ablations(self, bar: Progress) -> None:
         seeds = [ABLATION_SEED + i for i in range(self.settings["ablation_people"])]
         table = self.results.setdefault("ablations", {})
-        for name, variant in variants(self.model[0].config).items():
+        everything = variants(self.model[0].config)
+        adapters = fingerprint(self.folder, "sla-*")
+        if self.results.get("adapters") != adapters:  # rows of other adapters do not count
+            for name, variant in everything.items():
+                if variant.sparsity:
+                    table.pop(name, None)
+            self.results["adapters"] = adapters
+        for name, variant in everything.items():
+            model = self.model_of(variant)
 
-            def make(actors: list[Actor], variant: Variant = variant) -> Generate:
-                return playing(open_stream(self.model, variant, actors))
+            def make(
+                actors: list[Actor], variant: Variant = variant, model: Any = model
+            ) -> Generate:
+                return playing(open_stream(model, variant, actors))
 
             chunks = chunks_of(self.settings["ablation_seconds"])
             self.group(bar, name, seeds, chunks, make, 1, table.setdefault(name, []))
@@ -505,11 +530,12 @@ def peak_memory() -> float:
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def fingerprint(folder: Path) -> str:
-    """Of the weights, so that results of other weights are never mixed in."""
+def fingerprint(folder: Path, *names: str) -> str:
+    """Of weights, by file name, so that results of other weights are never mixed in."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
+    for name in names:
+        for path in sorted(folder.glob(f"{name}.safetensors")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -771,8 +797,8 @@ def main(
             raise ValueError(f"only: expected one of {', '.join(EXPERIMENTS)}, got {only!r}")
         folder = checkpoint or weights.FOLDER
         model = weights.load_miniature(folder)
-        settings["weights"] = fingerprint(folder)
-        bench = Bench(model, settings, out, pictures)
+        settings["weights"] = fingerprint(folder, "codec", "transformer")
+        bench = Bench(model, settings, out, pictures, folder=folder)
         if resume or only:
             bench.resume()
         if only and not resume:  # measure this part again, keep the others

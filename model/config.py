@@ -7,6 +7,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class SparseLinear:
+    """Sparse-linear attention in place of dense self-attention (SLA, arXiv 2509.24006).
+
+    Attributes:
+        topk: share of a full window's key blocks that a block of queries attends to, at least one.
+        over: which blocks the linear branch sums: "all", "unselected" or "marginal".
+        phi: its feature map: "softmax", "elu" or "relu".
+    """
+
+    topk: float
+    over: str = "all"
+    phi: str = "softmax"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.topk <= 1:
+            raise ValueError(f"topk: expected a share in (0, 1], got {self.topk}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Wan's diffusion transformer.
 
@@ -24,6 +43,7 @@ class ModelConfig:
             far fewer degrees of freedom than one of noise; Li and He, arXiv 2511.13720).
         shift: flow-matching shift of the denoising schedule.
         chunk, window: latent frames generated together, and visible in all (current included).
+        sla: sparse-linear self-attention, with a projection of its own per layer; None: dense.
     """
 
     name: str
@@ -44,6 +64,7 @@ class ModelConfig:
     window: int = 21
     text_len: int = 0
     image_dim: int = 0
+    sla: SparseLinear | None = None
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:

@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from reeltime import attention, rope_kv
+from reeltime import attention, rope_kv, sla
 
 from .config import ModelConfig
 from .layers import SelfAttention
@@ -70,6 +70,11 @@ class StreamMemory:
     ) -> None:
         self.config, self.layout, self.grid, self.backend = config, layout, grid, backend
         self.rope_on_cache = rope_on_cache
+        if rope_on_cache and config.sla is not None:
+            raise ValueError(
+                "rope_on_cache: expected False with sparse-linear attention, got True. Summaries "
+                "of rotated keys are cached, so the query is moved instead."
+            )
         self.kept = layout.window - layout.chunk - layout.capacity("history")
         self.history = layout.capacity("history")
         self.ring = self.history + layout.chunk
@@ -86,6 +91,8 @@ class StreamMemory:
                 config.head_dim,
                 dtype=dtype,
                 device=device,
+                summaries=config.sla is not None,
+                phi=config.sla.phi if config.sla else "softmax",
             )
             for _ in range(config.num_layers)
         ]
@@ -96,7 +103,7 @@ class StreamMemory:
     @property
     def nbytes(self) -> int:
         """Bytes of the cache, constant over a stream of any length."""
-        return sum(t.nbytes for c in self.caches for t in (c.k, c.v))
+        return sum(c.nbytes() for c in self.caches)
 
     def _slot(self, p: Tensor, base: int) -> Tensor:
         """The slot of latent frame p, its history in the ring that starts at base."""
@@ -182,9 +189,12 @@ class StreamMemory:
         table = plan.block_table
         if plan.cache_table is not None:
             cache, table = self._rotate_window(cache, plan)
-        out = attention.segment_attention(
-            rotated, cache, table, plan.offset_index, backend=self.backend
-        )
+        where = (rotated, cache, table, plan.offset_index)
+        if (sparse := self.config.sla) is not None:
+            return sla.segment_sla(
+                *where, topk=sparse.topk, over=sparse.over, backend=self.backend, **attn.projection
+            ).flatten(2)
+        out = attention.segment_attention(*where, backend=self.backend)
         return cast(Tensor, out).flatten(2)  # no lse was asked for
 
     def _rotate_window(self, cache: rope_kv.KVCache, plan: Plan) -> tuple[rope_kv.KVCache, Tensor]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +31,28 @@ class RMSNormWeight(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections of self-attention; what is attended to belongs to the memory."""
+    """Projections of self-attention; what is attended to belongs to the memory.
 
-    def __init__(self, config: ModelConfig) -> None:
+    With sparse-linear attention, `proj_l` of all heads projects the linear branch; it starts as
+    zero, so that the sparse branch alone is the model before any training.
+    """
+
+    def __init__(self, config: ModelConfig, sparse: bool = False) -> None:
         super().__init__()
         d = config.dim
         self.num_heads, self.eps = config.num_heads, config.eps
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.norm_q, self.norm_k = RMSNormWeight(d), RMSNormWeight(d)
+        self.proj_l = nn.Linear(config.head_dim, config.head_dim) if sparse else None
+        if self.proj_l is not None:
+            nn.init.zeros_(self.proj_l.weight)
+            nn.init.zeros_(self.proj_l.bias)
+
+    @property
+    def projection(self) -> dict[str, Any]:
+        """The arguments of sla that are weights."""
+        p = self.proj_l
+        return {} if p is None else {"proj_weight": p.weight, "proj_bias": p.bias}
 
 
 class CrossAttention(SelfAttention):

@@ -49,7 +49,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, sparse=config.sla is not None)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)  # affine, before cross-attention
         self.cross_attn = CrossAttention(config)
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim)

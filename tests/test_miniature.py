@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from reeltime.model.config import ModelConfig
+from reeltime.model.codec import ConvCodec
+from reeltime.model.config import ModelConfig, SparseLinear
 from reeltime.model.kv_cache import StreamMemory
 from reeltime.model.layout import layout
-from reeltime.model.miniature import control, train
+from reeltime.model.miniature import control, finetune, train, weights
 from reeltime.model.miniature.avatar import POSE, SHAPE_RANGE, Identity, random_identity, render
 from reeltime.model.miniature.weights import load_miniature
 from reeltime.model.transformer import CausalTransformer
@@ -125,18 +128,29 @@ def test_tokens_say_everything_about_a_frame():
     assert control.picture_tokens().shape == (1, 4, control.TOKEN_DIM)
 
 
-def test_training_sees_what_the_stream_will_see():
-    """The last target chunk of a training window = the same chunk streamed through the cache."""
+@pytest.mark.parametrize(
+    "grid, sla",
+    [
+        pytest.param((2, 3), None, id="dense"),
+        pytest.param((8, 8), SparseLinear(0.4), id="sla over all"),
+        pytest.param((8, 8), SparseLinear(0.4, "unselected", "elu"), id="sla over the rest"),
+    ],
+)
+def test_training_sees_what_the_stream_will_see(grid, sla):
+    """The last target chunk of a training window = the same chunk streamed through the cache.
+
+    Sparse: blocks of 64 keys are latent frames of 8 x 8 tokens in both."""
     torch.manual_seed(0)
     config = ModelConfig(
-        "tiny", 48, 2, 64, 2, 4, 4, text_dim=8, freq_dim=32, prediction="x0", chunk=2, window=9
-    )
+        "tiny", 48, 2, 64, 2, 4, 4, text_dim=8, freq_dim=32, prediction="x0", chunk=2, window=9,
+        sla=sla,
+    )  # fmt: skip
     net = CausalTransformer(config).eval()
     with torch.no_grad():
         for p in net.parameters():
             p.copy_(torch.randn(p.shape) * p.shape[-1] ** -0.5)
-    frames, grid = 9, (2, 3)
-    clean, noisy = torch.randn(1, frames, 4, 4, 6), torch.randn(1, 8, 4, 4, 6)
+    frames, size = 9, (2 * grid[0], 2 * grid[1])
+    clean, noisy = torch.randn(1, frames, 4, *size), torch.randn(1, 8, 4, *size)
     c = torch.randn(1, frames, 3, 8)
     context_frames = 7  # picture, C0, C1, C2
     whole = torch.cat([clean[:, :context_frames], noisy], dim=1)
@@ -173,18 +187,24 @@ def test_noise_levels_follow_the_twin_cache():
     assert at_last[~noisy].float().mean() > 0.4
 
 
-def test_training_resumes_where_it_stopped(tmp_path, monkeypatch):
-    """A few steps on two people, stopped, resumed: step count and weights go on."""
-    from reeltime.model.codec import ConvCodec
+@pytest.fixture(scope="module")
+def pool() -> dict[str, torch.Tensor]:
+    """Clips of two people through the shipped codec."""
     from reeltime.model.miniature import data
 
+    before, data._codec = data._codec, load_miniature()[1]
+    rows = [data.make_clip(seed) for seed in (0, 1)]
+    data._codec = before
+    pool = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    assert pool["latents"].shape == (2, 10, 64, 16, 16)
+    return pool
+
+
+def test_training_resumes_where_it_stopped(pool, tmp_path, monkeypatch):
+    """A few steps on two people, stopped, resumed: step count and weights go on."""
     torch.manual_seed(0)
     (tmp_path / "shipped").mkdir()
     codec = ConvCodec()
-    monkeypatch.setattr(data, "_codec", codec.eval())
-    rows = [data.make_clip(seed) for seed in (0, 1)]
-    pool = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    assert pool["latents"].shape == (2, 10, 64, 16, 16)
     ticks = iter(range(100_000))
     monkeypatch.setattr(train.time, "monotonic", lambda: float(next(ticks)))
     train.train_transformer(codec, pool, 0.05, 0, tmp_path, batch=1)
@@ -206,3 +226,68 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     train.save_weights(tmp_path / "transformer.safetensors", {"head.weight": torch.ones(3)})
     with pytest.raises(ValueError, match="does not fit"):
         load_miniature(tmp_path)
+
+
+# --- Sparse attention ---------------------------------------------------------------------------
+
+
+def test_an_adapter_is_a_small_change_of_frozen_weights(pool, tmp_path, monkeypatch):
+    """A few steps change what is learned and nothing else; the file gives that model back."""
+    ticks = iter(range(100_000))
+    monkeypatch.setattr(finetune.time, "monotonic", lambda: float(next(ticks)))
+    path = tmp_path / "sla-50.safetensors"
+    losses = finetune.finetune(50, pool, 0.07, path, batch=1, rank=2)
+    assert len(losses) > 2
+    assert np.isfinite(losses).all()
+    dense, _ = load_miniature()
+    before, after = weights.sparse(dense, 50, None), weights.sparse(dense, 50, path)
+    changed = {
+        name
+        for name, value in after.state_dict().items()
+        if not torch.equal(value, before.state_dict()[name])
+    }
+    learned = [f"{n}.weight" for n in finetune.PROJECTIONS] + ["proj_l.weight", "proj_l.bias"]
+    layers = range(dense.config.num_layers)
+    assert changed == {f"blocks.{i}.self_attn.{name}" for i in layers for name in learned}
+    change = after.blocks[0].self_attn.q.weight - before.blocks[0].self_attn.q.weight
+    assert torch.linalg.matrix_rank(change, tol=1e-4) <= 2
+
+
+@pytest.mark.parametrize("sparsity", [50, 90])
+def test_shipped_adapters_fit(sparsity):
+    net, _ = load_miniature(sparsity=sparsity)
+    assert net.config.sla == SparseLinear(topk=1 - sparsity / 100)
+    assert all(block.self_attn.proj_l.weight.abs().sum() > 0 for block in net.blocks)
+    folder = weights.FOLDER.glob("*.safetensors")
+    assert sum(path.stat().st_size for path in folder) <= 10e6
+
+
+def test_every_block_selected_is_dense_attention():
+    """All blocks, and a projection of the linear branch that is still zero."""
+    dense, _ = load_miniature()
+    net = weights.sparse(dense, 50, None)
+    net.config = replace(net.config, sla=SparseLinear(topk=1.0))
+    x, c = torch.randn(1, 1, 64, 16, 16), torch.randn(1, 1, 4, 48)
+    outputs = []
+    for model in (dense, net):
+        memory = StreamMemory(model.config, layout("vidu_s1", model.config), (8, 8))
+        memory.plan = memory.make_plans(1)["cache"]
+        with torch.no_grad():
+            outputs.append(model(x, torch.zeros(1, 1), model.embed_context(c), memory))
+    torch.testing.assert_close(*outputs, atol=2e-5, rtol=0)
+
+
+def test_sparse_errors_name_what_is_wrong(tmp_path):
+    dense, _ = load_miniature()
+    with pytest.raises(ValueError, match="sparsity: expected a percentage from 1 to 99, got 100"):
+        weights.sparse(dense, 100, None)
+    with pytest.raises(FileNotFoundError, match="no sla-33.safetensors in .*transformer.safetens"):
+        load_miniature(sparsity=33)
+    train.save_weights(tmp_path / "a.safetensors", {"blocks.0.lora_C": torch.ones(3)})
+    with pytest.raises(ValueError, match="does not fit: unexpected blocks.0.lora_C"):
+        weights.sparse(dense, 50, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="topk: expected a share"):
+        SparseLinear(topk=0.0)
+    config = replace(dense.config, sla=SparseLinear(topk=0.5))
+    with pytest.raises(ValueError, match="rope_on_cache: expected False with sparse-linear"):
+        StreamMemory(config, layout("vidu_s1", config), (8, 8), rope_on_cache=True)

@@ -17,6 +17,7 @@ price of one extra forward pass).
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -33,7 +34,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reeltime import rope_kv
+from reeltime import rope_kv, sla
+from reeltime.sla import BLOCK_K
 
 from ..codec import ConvCodec, to_planes
 from ..config import PRESETS, ModelConfig
@@ -51,7 +53,13 @@ console = Console(stderr=True)
 class TrainingMemory:
     """Self-attention over picture | C0 C1 C2 | T0 T1 T2 T3, group by group: no mask, no waste."""
 
-    def __init__(self, config: ModelConfig, grid: tuple[int, int]) -> None:
+    def __init__(
+        self, config: ModelConfig, grid: tuple[int, int], backend: str = "reference"
+    ) -> None:
+        self.sla, self.backend = config.sla, backend
+        if config.sla is not None:  # as many blocks as a full window, also where there are fewer
+            blocks = config.window * -(-grid[0] * grid[1] // BLOCK_K)
+            self.topk = max(1, int(config.sla.topk * blocks))
         c, n = config.chunk, grid[0] * grid[1]
         chunk = [list(range(1 + c * i, 1 + c * (i + 1))) for i in range(CHUNKS)]
         positions = [0, *sum(chunk[:-1], []), *sum(chunk, [])]
@@ -65,25 +73,34 @@ class TrainingMemory:
         q, k = (
             rope_kv.query(
                 x, self.table[None], num_heads=attn.num_heads, norm_weight=w.weight,
-                eps=attn.eps, backend="reference",
-            )[0].transpose(1, 2)
+                eps=attn.eps, backend=self.backend,
+            )[0]
             for x, w in ((q, attn.norm_q), (k, attn.norm_k))
-        )  # (B, H, L, D)  # fmt: skip
-        v = v.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        )  # (B, L, H, D)  # fmt: skip
+        v = v.unflatten(-1, (attn.num_heads, -1))
         q, k, v = (x.to(v.dtype) for x in (q, k, v))
         out, start = [], 0
         for end in self.ends:
-            seen = slice(0, end)
-            part = F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, seen], v[:, :, seen])
-            out.append(part)
+            out.append(self._see(q[:, start:end], k[:, :end], v[:, :end], attn))
             start = end
         for i, end in enumerate(self.ends):
             own = slice(self.context_end + i * self.chunk_tokens,
                         self.context_end + (i + 1) * self.chunk_tokens)  # fmt: skip
-            keys = torch.cat([k[:, :, :end], k[:, :, own]], dim=2)
-            values = torch.cat([v[:, :, :end], v[:, :, own]], dim=2)
-            out.append(F.scaled_dot_product_attention(q[:, :, own], keys, values))
-        return torch.cat(out, dim=2).transpose(1, 2).flatten(2)
+            keys = torch.cat([k[:, :end], k[:, own]], dim=1)
+            values = torch.cat([v[:, :end], v[:, own]], dim=1)
+            out.append(self._see(q[:, own], keys, values, attn))
+        return torch.cat(out, dim=1).flatten(2)
+
+    def _see(self, q: Tensor, k: Tensor, v: Tensor, attn: SelfAttention) -> Tensor:
+        """[B, L, H, D], as the stream will compute it: dense, or sparse and linear."""
+        if self.sla is not None:
+            with torch.autocast(q.device.type, enabled=False):  # the ranking is exact in the stream
+                return sla.sla(
+                    q, k, v, topk=self.topk, over=self.sla.over, phi=self.sla.phi,
+                    backend=self.backend, **attn.projection,
+                )  # fmt: skip
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def progress_bar(transient: bool = False) -> Progress:
@@ -269,6 +286,11 @@ class Window:
     person: Tensor
     frames: Tensor
 
+    def to(self, device: torch.device) -> Window:
+        """What the network sees on `device`; the renderer's indices stay."""
+        picture, x0, tokens = (t.to(device) for t in (self.picture, self.x0, self.tokens))
+        return Window(picture, x0, tokens, self.person, self.frames)
+
 
 class Levels:
     """Noise levels as the stream will use them (3 steps), with enough others for 1, 2 and 4."""
@@ -300,32 +322,33 @@ def predict_x0(
 ) -> Tensor:
     """x0 of the target copies of a window, [B, 4 chunks, C, h, w]."""
     picture, x0, tokens = window.picture, window.x0, window.tokens
-    target, history = levels
+    target, history = (level.to(x0.device) for level in levels)
     c, rows = net.config.chunk, len(x0)
+    zeros, rand = x0.new_zeros, functools.partial(torch.rand, device=x0.device)
     context_frames = c * (CHUNKS - 1)
     sigma_target = target.repeat_interleave(c, 1)  # (B, 4 c)
-    sigma_context = torch.cat([torch.zeros(rows, c), history.expand(rows, 2 * c)], dim=1)
-    sigma = torch.cat([torch.zeros(rows, 1), sigma_context, sigma_target], dim=1)
+    sigma_context = torch.cat([zeros(rows, c), history.expand(rows, 2 * c)], dim=1)
+    sigma = torch.cat([zeros(rows, 1), sigma_context, sigma_target], dim=1)
     all_tokens = torch.cat([tokens[:, : 1 + context_frames], tokens[:, 1:]], dim=1)
-    context = net.embed_context(all_tokens, "reference")
+    context = net.embed_context(all_tokens, memory.backend)
 
     def forward(clean: Tensor, aim: Tensor) -> Tensor:
         """Predict x0 of the targets: history made from `clean`, targets noised from `aim`."""
         whole = torch.cat([picture, clean[:, :context_frames], aim], dim=1)
         noised = add_noise(whole, torch.randn_like(whole), sigma[..., None, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
-            out = net(noised, sigma * 1000, context, memory, backend="reference")
+        with torch.autocast(x0.device.type, torch.bfloat16):
+            out = net(noised, sigma * 1000, context, memory, backend=memory.backend)
         return out[:, 1 + context_frames :].float()
 
     clean, aim = x0, x0
     if own_history > 0:
         with torch.no_grad():
             made = forward(x0, x0)
-        mine = (torch.rand(rows, 1, 1, 1, 1) < own_history).to(x0.dtype)
+        mine = (rand(rows, 1, 1, 1, 1) < own_history).to(x0.dtype)
         clean = torch.lerp(x0, made, mine)
-        aim = torch.lerp(x0, made, mine * (torch.rand(rows, 4 * c, 1, 1, 1) < 0.5).to(x0.dtype))
+        aim = torch.lerp(x0, made, mine * (rand(rows, 4 * c, 1, 1, 1) < 0.5).to(x0.dtype))
     # A little noise on what the cache holds: the stream's own history is never perfect either.
-    clean = clean + 0.1 * torch.rand(rows, 1, 1, 1, 1) * torch.randn_like(clean)
+    clean = clean + 0.1 * rand(rows, 1, 1, 1, 1) * torch.randn_like(clean)
     return forward(clean, aim)
 
 
@@ -336,7 +359,7 @@ def pixel_loss(codec: ConvCodec, predicted: Tensor, drawn: tuple[Tensor, Tensor,
     at: pixels count for more the further they are from the mean of the row's frames, and more
     again where the mouth is.
     """
-    index, pixels, mouth = drawn
+    index, pixels, mouth = (t.to(predicted.device) for t in drawn)
     z = predicted.unflatten(2, (4, -1)).flatten(1, 2)  # (B, video frames, 16, h, w)
     z = z[torch.arange(len(z))[:, None], index].flatten(0, 1)
     z = z * codec.std[:, None, None] + codec.mean[:, None, None]

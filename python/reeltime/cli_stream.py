@@ -388,6 +388,12 @@ def stream(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder of weights; the bundled ones by default.")
     ] = None,
+    sparsity: Annotated[
+        int,
+        typer.Option(
+            min=0, max=99, help="Percent of key blocks left to linear attention: 0, 50 or 90."
+        ),
+    ] = 0,
     target_fps: Annotated[
         float | None,
         typer.Option(help="Exit 1 below it; 25 for the table only.", show_default=False),
@@ -450,7 +456,7 @@ def stream(
         notes.print(picture.message, markup=False, soft_wrap=True)
 
     start = time.perf_counter()
-    generator = load_stream(layout, steps, seed, checkpoint, threads)
+    generator = load_stream(layout, steps, seed, checkpoint, threads, sparsity)
     load_ms = 1e3 * (time.perf_counter() - start)
 
     from reeltime.model.media import VideoWriter
@@ -482,6 +488,7 @@ def stream(
         "layout": layout,
         "steps": steps,
         "seed": seed,
+        "sparsity": sparsity,
         "signal": ending.signal,
     }
     draw(Console(stderr=as_json), document, run.chunk)
@@ -494,7 +501,12 @@ def stream(
 
 
 def load_stream(
-    layout: str, steps: int, seed: int, checkpoint: Path | None, threads: int | None
+    layout: str,
+    steps: int,
+    seed: int,
+    checkpoint: Path | None,
+    threads: int | None,
+    sparsity: int = 0,
 ) -> Stream:
     """The miniature, ready to start.  Raises ValueError, FileNotFoundError: layout, checkpoint."""
     import torch
@@ -505,7 +517,7 @@ def load_stream(
     from reeltime.model.stream import Stream
 
     chosen = layouts.layout(layout, preset("miniature"))
-    transformer, codec = load_miniature(checkpoint)
+    transformer, codec = load_miniature(checkpoint, sparsity=sparsity)
     torch.set_num_threads(threads or min(available_cores(), MAX_THREADS))
     torch.set_flush_denormal(True)
     return Stream(transformer, codec, chosen, steps=steps, seed=seed)

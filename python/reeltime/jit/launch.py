@@ -135,8 +135,8 @@ def refuses(device: torch.device, *formats: torch.dtype | torch.Tensor | None) -
     dtypes = {f.dtype if isinstance(f, torch.Tensor) else f for f in formats}
     if torch.float64 in dtypes:
         return "its kernels compute in float32; float64 has backend='reference'"
-    if torch.float8_e4m3fn in dtypes and device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 9):
+    if torch.float8_e4m3fn in dtypes and (device.type == "cuda" or _recording is not None):
+        if arch_of(device).capability < (8, 9):
             return "float8_e4m3fn needs sm89 or newer; here backend='reference' has it"
     return None
 

@@ -2,6 +2,8 @@
 """Sparse-linear attention: block mask, block-sparse branch, linear branch, and all of it fused."""
 
 from reeltime.sla.api import (
+    BLOCK_K,
+    BLOCK_Q,
     CSR,
     TOLERANCE,
     block_mask,
@@ -16,6 +18,8 @@ from reeltime.sla.api import (
 )
 
 __all__ = [
+    "BLOCK_K",
+    "BLOCK_Q",
     "CSR",
     "TOLERANCE",
     "block_mask",

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels compiled ahead of time, with no GPU and no driver, and what their SASS says."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from reeltime.arch import Arch
+from reeltime.jit.launch import Launch
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+# Element types of tt.dot operands, as MLIR spells them.
+OPERANDS = {"i8": "int8", "f8E4M3FN": "fp8", "bf16": "bfloat16", "f16": "float16"}
+MATRIX = re.compile(r"^(?:UTC)?[A-Z]*(?:MMA|GMMA)\b")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture."""
+
+    registers: int = 0
+    spill_bytes: int = 0  # local memory that the compiler used, per thread
+    shared_bytes: int = 0
+    operands: tuple[str, ...] = ()  # dtypes of its matrix products
+    instructions: dict[str, int] = field(default_factory=dict)  # matrix instructions in the SASS
+    compile_s: float = 0.0
+    error: str = ""
+
+
+def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+    """(type by parameter, constants, parameters divisible by 16), as a launch would specialise."""
+    types, constants, divisible = {}, {}, []
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.arguments.get(parameter.name)
+        fixed = value is None or (type(value) is int and value == 1)
+        if parameter.is_constexpr or fixed:
+            types[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            types[name] = POINTERS[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.append(name)
+        elif isinstance(value, bool):
+            types[name] = "i1"
+        elif isinstance(value, int):
+            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(name)
+        else:
+            types[name] = "fp32"
+    return types, constants, divisible
+
+
+def identity(launch: Launch) -> str:
+    """Equal for launches that share one compilation."""
+    types, constants, divisible = signature(launch)
+    parts = launch.kernel.__name__, types, constants, divisible, launch.options
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def compile(launch: Launch, arch: Arch) -> Compiled:
+    """Compile for `arch` and read the cubin; what the compiler refuses is in `error`."""
+    types, constants, divisible = signature(launch)
+    place = {name: (index,) for index, name in enumerate(types)}
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=types,
+        constexprs={place[name]: value for name, value in constants.items()},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in divisible},
+    )
+    start = time.perf_counter()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            target = GPUTarget("cuda", arch.sm, 32)
+            kernel = triton.compile(source, target=target, options=launch.options)
+    except Exception as error:  # noqa: BLE001  Triton raises whatever its passes raise
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        return Compiled(error=f"{type(error).__name__}: {lines[-1].strip()}")
+    seconds = time.perf_counter() - start
+    products = re.findall(r"tt\.dot.*?tensor<[0-9x]+x(\w+)>", kernel.asm["ttir"])
+    operands = tuple(sorted({OPERANDS[p] for p in products if p in OPERANDS}))
+    return Compiled(
+        **inspect(kernel.asm["cubin"]),
+        shared_bytes=kernel.metadata.shared,
+        operands=operands,
+        compile_s=seconds,
+    )
+
+
+def inspect(cubin: bytes) -> dict[str, Any]:
+    """Registers, spills and matrix instructions of a cubin; remembered by its contents."""
+    kept = remembered(hashlib.sha256(cubin).hexdigest())
+    if kept.exists():
+        return json.loads(kept.read_text())
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-c", file.name)
+    resources = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    names = re.findall(r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.M)
+    counted: dict[str, int] = {}
+    for name in names:
+        if MATRIX.match(name):
+            counted[name] = counted.get(name, 0) + 1
+    spills = any(name.startswith(("STL", "LDL")) for name in names)
+    found = {
+        "registers": resources.get("REG", 0),
+        "spill_bytes": max(resources.get("STACK", 0), resources.get("LOCAL", 0)) if spills else 0,
+        "instructions": counted,
+    }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as whole:
+        whole.write(json.dumps(found).encode())
+    os.replace(whole.name, kept)  # at once: another process may look for it
+    return found
+
+
+def remembered(digest: str) -> Path:
+    """Where what was read of a cubin is kept, beside Triton's own cache of it."""
+    return Path(triton.knobs.cache.dir) / "reeltime-port" / f"{digest}.json"
+
+
+def tool(name: str, *arguments: str) -> str:
+    """Run one of the binary tools that Triton's wheel brings."""
+    environment = os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [str(TOOLS / name), *arguments], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def as_dict(compiled: Compiled) -> dict[str, Any]:
+    return asdict(compiled)
