@@ -87,6 +87,7 @@ def of_norm(config: ModelConfig) -> Iterator[Specimen]:
     adaln = {"scale": mod, "shift": mod}
     gated = norm.gated_residual_norm, x, x, mod
     yield specimen(f"layer, modulated, C={C}", norm.norm, x, **adaln)
+    yield specimen(f"layer, modulated, int8, C={C}", norm.norm, x, quantize="int8", **adaln)
     yield specimen(f"rms, affine, C={C}", norm.norm, x, kind="rms", weight=weight)
     yield specimen(f"gated, modulated, C={C}", *gated, **adaln)
     for name, rows in (("int8", 1), ("int8", 128), ("fp8", 128)):
@@ -167,6 +168,12 @@ def of_sla(config: ModelConfig) -> Iterator[Specimen]:
     proj: Any = {"proj_weight": meta(D, D), "proj_bias": meta(D)}
     yield specimen("block_mask, top-k", sla.block_mask, *pooled, topk=0.1)
     yield specimen("block_mask, top-p", sla.block_mask, *pooled, topp=0.9)
+    lists = sla.CSR(*(meta(1, H, n, dtype=torch.int32) for n in (pooled[0].shape[1] + 1, 48 * 67)))
+    h, z = meta(1, pooled[1].shape[1], H, D, D, dtype=F32), meta(*pooled[1].shape, dtype=F32)
+    yield specimen("sparse_attention, bf16", sla.sparse_attention, q, k, k, lists)
+    linear = sla.linear_attention
+    yield specimen("linear_attention, all", linear, q, h, z)
+    yield specimen("linear_attention, unselected", linear, q, h, z, lists, over="unselected")
     for over in ("all", "unselected"):
         yield specimen(f"sla, bf16, {over}", sla.sla, q, k, k, over=over, **proj)
     turned, *where = window(config)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -129,28 +128,46 @@ def progress(console: Console) -> Progress:
     )
 
 
+# Name, width and justification; the last two take what is left.
+COLUMNS = (
+    ("arch", 7, "left"),
+    ("regs", 4, "right"),
+    ("spill", 5, "right"),
+    ("shared KiB", 10, "right"),
+    ("blocks", 6, "right"),
+    ("occ.", 4, "right"),
+    ("s", 4, "right"),
+    ("tensor cores", None, "left"),
+    ("verdict", None, "left"),
+)
+
+
+def grid(header: bool) -> Table:
+    """Columns of fixed widths, so that one table per kernel stands like one table."""
+    table = Table(box=None, padding=(0, 1), show_header=header, expand=True)
+    for name, width, justify in COLUMNS:
+        table.add_column(name, width=width, justify=justify, overflow="fold")  # type: ignore
+        table.columns[-1].ratio = None if width else 1
+    return table
+
+
 def draw(console: Console, rows: Sequence[Row]) -> None:
-    """A table per family, each call on every architecture; then families by architecture."""
+    """Each kernel on every architecture; then families by architecture."""
     from reeltime.bench.port import report
 
-    columns = ("arch", "regs", "spill", "shared", "limit", "blocks", "occ.", "tensor cores", "s")
     for family in dict.fromkeys(row.family for row in rows):
-        table = Table(title=family, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-        for name in columns:
-            table.add_column(name, justify="left" if name in ("arch", "tensor cores") else "right")
-            table.columns[-1].no_wrap = True
-        table.add_column("verdict", overflow="fold")
-        before = ""
-        for row in sorted(
-            (row for row in rows if row.family == family), key=lambda row: (row.case, row.kernel)
-        ):
-            title = f"{row.case}: {row.kernel}" if row.kernel else row.case
-            if title != before and row.kernel:
-                table.add_row(Text(title, style="bold"))
-            before = title if row.kernel else before
-            if row.kernel:
+        console.print(Text(f"\n{family}", style="bold reverse"))
+        console.print(grid(header=True))
+        kernels: dict[str, list[Row]] = {}
+        for row in rows:
+            if row.family == family and row.kernel:
+                kernels.setdefault(f"{row.case}: {row.kernel}", []).append(row)
+        for title, mine in kernels.items():
+            console.print(Text(title, style="bold"), soft_wrap=True)
+            table = grid(header=False)
+            for row in mine:
                 table.add_row(*cells(row))
-        console.print(table)
+            console.print(table)
     cell = report.summary(rows)
     archs = list(dict.fromkeys(row.arch for row in rows))
     table = Table("family", *archs, title="Kernels by verdict", title_justify="left")
@@ -167,11 +184,10 @@ def cells(row: Row) -> list[Text]:
         Text(f"  {row.arch}"),
         Text(str(row.registers)),
         Text(str(row.spill_bytes)),
-        Text(f"{row.shared_bytes / 1024:.1f}K"),
-        Text(f"{row.shared_limit // 1024}K"),
+        Text(f"{row.shared_bytes / 1024:.1f}/{row.shared_limit // 1024}"),
         Text(str(row.blocks_per_sm)),
         Text(f"{row.occupancy:.0%}"),
-        Text(row.tensor_core or "-"),
         Text(f"{row.compile_s:.1f}"),
+        Text(row.tensor_core or "-"),
         Text(verdict, style=STYLES.get(row.verdict, "bold red")),
     ]

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""reeltime port: the whole table's invariants, and that each verdict can be reached."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+from reeltime import arch
+from reeltime.backends import FAMILIES, OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+# Triton before 3.8 has no int8 products in tensor memory: IMMA serves them on Blackwell.
+WARP_INT8 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+
+
+def run_port(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: compiling and interpreting exclude each other."""
+    command = [sys.executable, "-c", "from reeltime.cli import main; main()", "port", *options]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> tuple[list[dict], Path]:
+    """Every kernel on every architecture, and the folder with the page of it."""
+    folder = tmp_path_factory.mktemp("port")
+    done = run_port("--json", "--html", "port.html", folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)["rows"], folder
+
+
+def kernels_in_source() -> set[str]:
+    """Every kernel that a family's Triton files define."""
+    names = set()
+    for family in FAMILIES:
+        for path in (ROOT / "python/reeltime" / family).glob("triton*.py"):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                    names.add(node.name.strip("_").removesuffix("_kernel"))
+    return names
+
+
+# --- The table ----------------------------------------------------------------------------------
+
+
+def test_every_kernel_is_compiled_for_every_gpu(table):
+    rows, _ = table
+    found = {row["arch"]: {r["kernel"] for r in rows if r["arch"] == row["arch"]} for row in rows}
+    assert set(found) == {row.name for row in arch.ARCHS}
+    for name, kernels in found.items():
+        assert kernels - {""} == kernels_in_source(), name
+
+
+def test_nothing_spills_and_everything_fits(table):
+    for row in table[0]:
+        if row["verdict"] == "not offered":
+            assert "sm89 or newer" in row["why"]
+            assert row["arch"] in ("sm80", "sm86")
+            continue
+        assert row["spill_bytes"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+        assert row["shared_bytes"] <= row["shared_limit"], row
+        assert row["blocks_per_sm"] >= 1, row
+        assert 0 < row["occupancy"] <= 1, row
+
+
+def test_slow_paths_are_the_known_ones(table):
+    slow = [row for row in table[0] if row["verdict"] not in ("ok", "not offered")]
+    for row in slow:
+        assert row["verdict"] == "slow path", row
+        assert row["arch"] == "sm100", row
+        assert WARP_INT8, row
+        assert re.match("int8: expected UTCIMMA, found .*IMMA", row["why"]), row
+
+
+def test_products_run_on_tensor_cores(table):
+    expected = {"sm80": "IMMA", "sm89": "QMMA", "sm90": "IGMMA", "sm120": "QMMA"}
+    for name, instruction in expected.items():
+        rows = [row for row in table[0] if row["arch"] == name]
+        for family in ("gemm_w8a8", "attention", "sla"):
+            used = " ".join(row["tensor_core"] for row in rows if row["family"] == family)
+            assert instruction in used, (name, family)
+
+
+def test_page_shows_every_call(table):
+    rows, folder = table
+    page = (folder / "port.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert all(row["case"].replace("&", "&amp;") in page for row in rows)
+
+
+def test_every_op_is_a_specimen(table):
+    """An op that no specimen calls would never be compiled."""
+    cases = " ".join(f"{row['family']} {row['case']}" for row in table[0])
+    words = {
+        "quantize": "quantize int8",
+        "dequantize": "dequantize int8",
+        "norm": "norm layer, modulated",
+        "norm_quantized": "norm layer, modulated, int8",
+        "gated_residual_norm": "gated, modulated, C",
+        "gated_residual_norm_quantized": "gated, modulated, int8",
+        "query": "query",
+        "query_int8": "query int8",
+        "write": "write int8",
+        "rope_on_cache": "rope_on_cache",
+        "gemm_w8a8": "bias",
+        "gemm_w8a8_requantized": "requantised",
+        "attention": "plain, bf16",
+        "segment_attention": "segments, qk int8",
+        "block_mask": "block_mask",
+        "sparse_attention": "sla sparse_attention",
+        "linear_attention": "sla linear_attention",
+        "sla": "sla sla, bf16",
+        "segment_sla": "sla segments",
+    }
+    assert set(words) == set(OPS)
+    assert not [op for op, word in words.items() if word not in cases]
+
+
+# --- The parts ----------------------------------------------------------------------------------
+
+SNIPPET = """
+import dataclasses, json
+from reeltime import arch
+from reeltime.bench.port import report, specimens
+from reeltime.bench.port.compile import Compiled
+sm = {row.name: row for row in arch.ARCHS}
+MiB = 1 << 20
+good = Compiled(128, 0, 4096, ("int8",), {"IGMMA.64x128x32.S8.S8": 4})
+swap = dataclasses.replace
+print(json.dumps({
+    "ok": report.judge(good, sm["sm90"]),
+    "slow": report.judge(good, sm["sm80"]),
+    "fma": report.judge(swap(good, instructions={}), sm["sm90"]),
+    "fp8": report.judge(swap(good, operands=("fp8",), instructions={"HMMA.1": 2}), sm["sm90"]),
+    "spills": report.judge(swap(good, spill_bytes=8), sm["sm90"]),
+    "shared": report.judge(swap(good, shared_bytes=MiB), sm["sm90"]),
+    "failed": report.judge(swap(good, error="CompilationError: no"), sm["sm90"]),
+    "blocks": [
+        report.blocks_per_sm(sm[name], warps, registers, shared)
+        for name, warps, registers, shared in (
+            ("sm90", 8, 128, 0), ("sm90", 8, 128, 120 * 1024), ("sm90", 4, 64, 0),
+            ("sm90", 1, 16, 0), ("sm86", 1, 16, 0), ("sm120", 8, 168, 0), ("sm80", 4, 255, 0),
+        )
+    ],
+    "next": [
+        dataclasses.asdict(row)
+        for row in report.measure(
+            [swap(sm["sm120"], name="sm121", capability=(12, 1), target="121a"),
+             swap(sm["sm100"], name="sm103", capability=(10, 3), target="103a")],
+            ["quant"], workers=1,
+        )
+    ] if __name__ == "__main__" else [],
+}) if __name__ == "__main__" else "")
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> dict:
+    script = tmp_path_factory.mktemp("parts") / "parts.py"
+    script.write_text(SNIPPET)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_each_verdict_has_its_reason(parts):
+    assert parts["ok"] == ["ok", ""]
+    assert parts["slow"] == ["slow path", "int8: expected IMMA, found IGMMA"]
+    assert parts["fma"] == ["slow path", "int8: expected IGMMA, found FMA"]
+    assert parts["fp8"] == ["slow path", "fp8: expected QGMMA, found HMMA"]
+    assert parts["spills"] == ["spills", "8 bytes per thread"]
+    assert parts["shared"] == ["too much shared memory", "1048576 of 232448 bytes"]
+    assert parts["failed"] == ["failed", "CompilationError: no"]
+
+
+def test_occupancy_is_that_of_the_data_sheets(parts):
+    """65536 registers: 8 warps of 128 fit twice; 255 rounds to 256; small blocks hit the limit."""
+    assert parts["blocks"] == [2, 1, 8, 32, 16, 1, 2]
+
+
+def test_a_card_that_the_table_lacks_is_one_row(parts):
+    rows = parts["next"]
+    assert {row["arch"] for row in rows} == {"sm121", "sm103"}
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert len(rows) == 12
+
+
+# --- The command --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--arch", "sm_75"], "arch: expected one of sm80, .* got 'sm_75'.*docs/porting.md"),
+        (["--family", "norms"], "family: expected 'quant' or .* got 'norms'"),
+        (["--html", "port.txt"], "out: expected a name that ends in .html"),
+        (["--update", "page.md", "--arch", "sm_80"], "update: expected all of it"),
+        (["--html", "nowhere/port.html"], "out: no such folder"),
+    ],
+)
+def test_bad_input_is_named(options, message, tmp_path):
+    done = run_port(*options, folder=tmp_path)
+    assert done.returncode == 2
+    assert re.search(message, " ".join(done.stderr.split()))
+
+
+def test_one_arch_and_family_as_a_table(tmp_path):
+    done = run_port("--arch", "sm_90a", "--family", "quant", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "quantize int8 1x128: quantize" in done.stdout
+    assert "6 ok" in done.stdout
+    assert "sm80" not in done.stdout
+
+
+def test_porting_page_holds_todays_families():
+    page = (ROOT / "docs/porting.md").read_text()
+    inside = page.split("<!-- port:begin -->")[1].split("<!-- port:end -->")[0]
+    for family in FAMILIES:
+        assert re.search(rf"^\| {family} \| .*ok", inside, re.M)
+    assert all(row.name in inside for row in arch.ARCHS)
