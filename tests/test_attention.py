@@ -392,6 +392,9 @@ ERRORS = {
     "block_table: expected dtype": lambda: segment(table=at.int()),
     "offset_index: expected shape": lambda: segment(offsets=at[:1]),
     "block_table: expected the device": lambda: segment(table=at.to("meta")),
+    "mask: expected the device": lambda: attention(q, k, v, mask=torch.ones(3, 4).to("meta")),
+    "v: expected the device": lambda: attention(q, k, v.to("meta")),
+    "q: expected a tensor": lambda: attention([q], k, v),
     "q_int8, q_scale: expected both": lambda: segment(q_int8=sq.to(torch.int8)),
 }
 
@@ -400,3 +403,22 @@ ERRORS = {
 def test_error_names_the_argument(message):
     with pytest.raises(ValueError, match=f"^{message}"):
         ERRORS[message]()
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda x, s: (x[:, :, :3], s), "q_int8: expected shape"),
+        (lambda x, s: (x.int(), s), "q_int8: expected dtype torch.int8"),
+        (lambda x, s: (x, s[..., :1]), "q_scale: expected shape .O, B, ceil"),
+        (lambda x, s: (x, s.half()), "q_scale: expected dtype torch.float32"),
+        (lambda x, s: (x, s.to("meta")), "q_scale: expected the device"),
+        (lambda x, s: (x, None), "q_int8, q_scale: expected both .* got q_int8 and format 'int8'"),
+    ],
+)
+def test_query_in_8_bits_is_that_of_q(wrong, message):
+    low = rope_kv.make_cache(1, 2, 4, 2, 8, format="int8", dtype=torch.float16)
+    wide, x, scale = rope_kv.query(torch.randn(1, 4, 16), None, num_heads=2, quantize="int8")
+    x, scale = wrong(x, scale)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        segment_attention(wide, low, at, at * 0, q_int8=x, q_scale=scale)

@@ -193,6 +193,8 @@ ERRORS = {
     "a: expected a contiguous": lambda: call(swap={0: ARGS[0].t().contiguous().t()}),
     "b: expected dtype torch.int8, got": lambda: call(swap={1: ARGS[1].to(torch.float8_e4m3fn)}),
     "b: expected shape": lambda: call(swap={1: ARGS[1][:, :16]}),
+    "b_scale: expected the device": lambda: call(swap={3: ARGS[3].to("meta")}),
+    "b_scale: expected finite scales": lambda: call(swap={3: ARGS[3] - torch.inf}),
     "b: expected the device": lambda: call(swap={1: ARGS[1].to("meta")}),
     "K: expected a multiple of 16, got 24": lambda: call(
         swap={0: ARGS[0][:, :24], 1: ARGS[1][:, :24]}

@@ -441,6 +441,17 @@ ERRORS = {
     "csr.indices: expected dtype torch.int32": lambda: sla.sparse_attention(
         q, k, v, sla.CSR(csr.indptr, csr.indices.long()), **BLOCKS
     ),
+    "csr.indptr: expected the device": lambda: sla.sparse_attention(
+        q, k, v, sla.CSR(csr.indptr.to("meta"), csr.indices), **BLOCKS
+    ),
+    "similar_q: expected the device": lambda: sla.block_mask(
+        pq, pk, topk=1, similar_q=torch.ones(2, 3, 4).bool().to("meta")
+    ),
+    "z: expected the device": lambda: sla.linear_attention(q, h, z.to("meta")),
+    "proj_weight: expected the device": lambda: sla.sla(
+        q, k, v, proj_weight=torch.eye(8).to("meta")
+    ),
+    "pv_skip: expected a distance > 0, got nan": lambda: sla.sla(q, k, v, pv_skip=math.nan),
     "pv_skip: expected a distance > 0": lambda: sla.sparse_attention(
         q, k, v, csr, **BLOCKS, pv_skip=-1
     ),

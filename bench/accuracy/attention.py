@@ -11,13 +11,15 @@ from torch import Tensor
 
 from reeltime import attention, rope_kv
 from reeltime.bench.accuracy import recipes
-from reeltime.bench.accuracy.case import Case
+from reeltime.bench.accuracy.case import TINY, Case, widest
 from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
 from reeltime.bench.accuracy.segments import Window
+from reeltime.checks import Tolerance
 
 KINDS = ("normal", "outlier_k", "outlier_v", "constant_k", "constant_v", "zero_block",
          "single_token", "ragged", "long", "strided")  # fmt: skip
 HEADS, DIM = 2, 64
+ONE_VALUE = ("constant_v", "single_token")  # stored exactly, and weights that sum to one return it
 SMOOTH = {"block": "block mean", "sequence": "sequence mean", None: "no mean"}
 LOW: list[tuple[str | None, ...]] = [
     ("int8", pv, smooth) for pv in (None, "fp16", "fp8") for smooth in SMOOTH
@@ -95,6 +97,64 @@ def full(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Iterato
     )
 
 
+def variance(x: Tensor, format: str | None, sizes: dict[int, int]) -> Tensor:
+    """Of the rounding of x [B, S, H, D] to a format: its step squared over 12, evenly spread."""
+    if format is None:
+        return torch.zeros_like(x)
+    top = widest(x, sizes)
+    if format == "int8":
+        return (top / 127).square() / 12
+    step = {"fp8": 2**-3, "fp16": 2**-10}[format]
+    power = x.abs().clamp(min=TINY).log2().floor().exp2()
+    return torch.maximum(step * power, top / 448 * 2**-9).square() / 12
+
+
+def limit_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    want: Tensor,
+    qk: str | None,
+    pv: str | None,
+    smooth: str | None,
+) -> Tolerance:
+    """What correct roundings of this very input cost, to first order.
+
+    With p the probabilities, s the scores, and all roundings independent of each other:
+    var(out) = sum_j p_j^2 (v_j - out)^2 (var s_j + var p_j / p_j^2) + p_j^2 var v_j
+    var s_j = scale^2 sum_d var q_d k_jd^2 + q_d^2 var k_jd, k less its mean
+    Relative L1 may be one deviation, where Gaussian errors cost 0.8 of it and truncation 1.1 or
+    more.  The largest error may be six; a row whose weight lies on few keys decides it.
+    """
+    centred = k
+    if smooth == "sequence":
+        centred = k - k.mean(1, keepdim=True)
+    elif smooth == "block":
+        parts = k.split(64, 1)
+        centred = torch.cat([part - part.mean(1, keepdim=True) for part in parts], 1)
+    per_head, per_channel = {1: 64, 3: DIM}, {1: 64}
+    var_q, var_k = variance(q, qk, per_head), variance(centred, qk, per_head)
+    var_v = variance(v, pv, per_channel)
+    score = torch.einsum("blhd,bmhd->bhlm", q, k) * DIM**-0.5
+    p = score.softmax(-1)
+    var_s = torch.einsum("blhd,bmhd->bhlm", var_q, centred.square())
+    var_s = (var_s + torch.einsum("blhd,bmhd->bhlm", q.square(), var_k)) / DIM
+    relative = p / p.amax(-1, keepdim=True)
+    var_p = variance(relative, pv, {3: relative.shape[3]}) / relative.clamp(min=TINY).square()
+    weight = p.square() * (var_s + var_p)
+    sums = [torch.einsum("bhlm,bmhd->blhd", weight, x) for x in (v.square(), v, torch.ones_like(v))]
+    total = sums[0] - 2 * want * sums[1] + want.square() * sums[2]
+    total += torch.einsum("bhlm,bmhd->blhd", p.square(), var_v)
+    deviation = total.clamp(min=0).sqrt()
+    rms = want.square().mean().sqrt().clamp(min=TINY)
+    magnitude = want.abs().sum().clamp(min=TINY)
+    least = attention.TOLERANCE["float32"]  # of the arithmetic, where nothing is rounded
+    return Tolerance(
+        max(least.relative_l1, float(deviation.sum() / magnitude)),
+        max(least.peak, 6 * float(deviation.max() / rms)),
+    )
+
+
 def eight_bits(
     inputs: Inputs,
     qk: str | None,
@@ -104,7 +164,10 @@ def eight_bits(
     want: Tensor,
 ) -> Iterator[Case]:
     recipe = f"qk {qk} {SMOOTH[smooth]}" if qk else "qk full"
-    limit = attention.TOLERANCE[tolerance_of(qk, pv)]
+    limit = attention.TOLERANCE["float32"]
+    if inputs.kind not in ONE_VALUE:
+        q, k, v = (exact(x) for x in given)
+        limit = limit_of(q, k, v, want, qk, pv, smooth)
     yield Case(
         "attention",
         f"{recipe}, pv {pv or 'full'}",

@@ -12,9 +12,11 @@ from reeltime import quant
 from reeltime.bench.accuracy import recipes
 from reeltime.bench.accuracy.case import Case, tolerance, unblocked, widest
 from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
+from reeltime.checks import Tolerance
 from reeltime.quant.api import FORMATS
 
 KINDS = ("normal", "outlier", "constant", "zero_block", "single_token", "ragged", "long", "strided")
+SCALES = Tolerance(1e-6, 1e-6)  # float32, by a division or by a product with 1 / limit
 BLOCKS = {1: "1x128", 128: "128x128"}  # rows x columns that share a scale
 
 
@@ -50,7 +52,7 @@ def round_trip(inputs: Inputs, x: Tensor, format: str, rows: int) -> Iterator[Ca
     amax = widest(want, {0: rows, 1: 128})[::rows, ::128]
     scales = torch.where(amax > 0, amax / {"int8": 127.0, "fp8": 448.0}[format], 1.0)
     run = lambda: quant.quantize(x, dtype=FORMATS[format], **options)[1]  # noqa: E731
-    yield Case("quantize", f"{recipe}, scales", run, scales, quant.TOLERANCE[format])
+    yield Case("quantize", f"{recipe}, scales", run, scales, SCALES)
     product = unblocked(low, scale, (rows, 128))
     for name in ("float64", "bfloat16"):
         yield Case(
@@ -58,5 +60,5 @@ def round_trip(inputs: Inputs, x: Tensor, format: str, rows: int) -> Iterator[Ca
             f"{recipe}, {name} out",
             lambda name=name: quant.dequantize(low, scale, dtype=DTYPES[name], **options),
             product,
-            quant.TOLERANCE[format],
+            tolerance(quant.TOLERANCE, name, product),
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from reeltime import rope_kv, sla
+from reeltime import rope_kv
 from reeltime.bench.accuracy import recipes
 from reeltime.bench.accuracy.case import Case, tolerance, unblocked
 from reeltime.bench.accuracy.inputs import Inputs, exact
@@ -29,7 +29,7 @@ def cases(inputs: Inputs) -> Iterator[Case]:
 
 def rotations(inputs: Inputs, dtype: str) -> Iterator[Case]:
     window = Window(inputs, "plain", dtype)
-    limit, angle = rope_kv.TOLERANCE[dtype], angles(window.positions, window.grid)
+    angle = angles(window.positions, window.grid)
     if dtype != "bfloat16":
         yield Case(
             "rope_table",
@@ -38,10 +38,11 @@ def rotations(inputs: Inputs, dtype: str) -> Iterator[Case]:
                 window.positions.to(inputs.device), window.grid, DIM, dtype=window.wide
             ),
             torch.stack([angle.cos(), angle.sin()], -1),
-            limit,
+            rope_kv.TOLERANCE[dtype],
         )
     x = heads(window.k, None)
     turned = rotated(exact(x), angle)
+    limit = tolerance(rope_kv.TOLERANCE, dtype, turned)
     yield Case("apply_rope", dtype, lambda: rope_kv.apply_rope(x, window.table), turned, limit)
     raw = x.unflatten(1, (window.frames, window.tokens))
     yield Case(
@@ -52,6 +53,7 @@ def rotations(inputs: Inputs, dtype: str) -> Iterator[Case]:
         limit,
     )
     want = window.asked().unsqueeze(1)
+    limit = tolerance(rope_kv.TOLERANCE, dtype, want)
     yield Case("query", dtype, lambda: query(window), want, limit)
     if dtype == "float32":
         yield Case(
@@ -109,14 +111,16 @@ def written(inputs: Inputs, dtype: str) -> Iterator[Case]:
     wants["h"] = torch.stack([torch.einsum("btnhd,btnhe->bthde", f, v) for f, v in parts], 2)
     wants["z"] = torch.stack([f.sum(2) for f, _ in parts], 2)
     for part, want in wants.items():
-        stated = sla.TOLERANCE if part in ("h", "z") else rope_kv.TOLERANCE  # whose they are
-        kept_wide = part in ("h", "z", "k_mean") and dtype == "bfloat16"
+        kept = "float32" if part in ("h", "z", "k_mean") and dtype == "bfloat16" else dtype
+        limit = tolerance(rope_kv.TOLERANCE, kept, want)
+        if part in ("h", "z"):
+            limit = rope_kv.TOLERANCE[f"{kept} sums"]
         yield Case(
             "write",
             f"plain {dtype}, {part}",
             lambda p=part: stored(w := fresh(), getattr(w.cache, p)),
             want,
-            tolerance(stated, "float32" if kept_wide else dtype, want),
+            limit,
         )
 
 

@@ -312,7 +312,7 @@ def over_cache(inputs: Inputs, format: str, dtype: str) -> Iterator[Case]:
                 q, window.cache, *window.lists, topk=t, over=o, block_q=32, backend=inputs.backend
             ),
             segment_equation(window, q, Rule(topk=topk, over=over)),
-            sla.TOLERANCE["int8" if format == "int8" else dtype],
+            sla.TOLERANCE[dtype],
         )
 
 

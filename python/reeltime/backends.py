@@ -133,6 +133,8 @@ class Op:
         self.kernels: dict[str, Callable[..., Any]] = {"reference": reference}
         self.unless: dict[str, Callable[..., str | None]] = {}
         self.gradients: dict[str, Callable[..., Any]] = {}
+        # (backend, device) -> the table it was resolved by, what it resolved to, its `unless`.
+        self.resolved: dict[tuple[str, torch.device], tuple[Any, str, Any]] = {}
         self.overload = self.forward = self._register(self.name, schema, fake)
         if differentiable:
             torch.library.register_autograd(
@@ -188,7 +190,15 @@ class Op:
 
     def run(self, backend: str, device: torch.device, *args: Any) -> Any:
         """Run on what `backend` resolves to: the reference directly, a kernel behind the op."""
-        chosen = resolve(self.family, backend, device, self, args)
+        tracing = torch.compiler.is_compiling()
+        known = None if tracing else self.resolved.get((backend, device))
+        if known and known[0] is TABLE and not (known[2] and known[2](device, *args)):
+            chosen = known[1]
+        else:
+            chosen = resolve(self.family, backend, device, self, args)
+            # Remembered only if nothing better was refused: other arguments it might serve.
+            if not tracing and chosen == resolve(self.family, backend, device):
+                self.resolved[backend, device] = (TABLE, chosen, self.unless.get(chosen))
         if chosen == "reference":
             return self.reference(*args)
         if device.type == "meta":  # the op would run the fake, and no kernel would be recorded

@@ -3,6 +3,10 @@
 
 A message names the argument, what was expected, what came, and what would work.  Arguments are
 checked by their metadata (shape, dtype, device, stride), so a check never waits for a GPU.
+
+A call pays for its checks in microseconds: each begins with one condition that a good argument
+meets.  Where that condition fails, the slow way says why; where it is merely narrower than what is
+allowed, the slow way finds nothing.
 """
 
 from __future__ import annotations
@@ -79,6 +83,19 @@ def dense_last(argument: str, x: torch.Tensor) -> None:
         )
 
 
+def activation(argument: str, x: Any, ndim: int, layout: str) -> None:
+    """`x` is a floating-point tensor of `ndim` dimensions, the last of them contiguous."""
+    if (
+        not isinstance(x, torch.Tensor)
+        or x.dim() != ndim
+        or x.dtype not in FLOATS
+        or not x.is_contiguous()
+    ):
+        tensor(argument, x, ndim, layout)
+        dtype(argument, x, FLOATS)
+        dense_last(argument, x)
+
+
 def choice(argument: str, value: object, allowed: Sequence[object]) -> None:
     """`value` is one of `allowed`."""
     if value not in allowed:
@@ -109,19 +126,38 @@ def divides(argument: str, part: int, whole: int, whole_name: str) -> None:
 
 
 def finite_scale(argument: str, scale: torch.Tensor) -> None:
-    """No NaN or Inf in `scale`: looked at on the CPU only, where looking costs no sync."""
-    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(scale.isfinite().all()):
-            fail(
-                argument,
-                "finite scales",
-                "NaN or Inf among them",
-                "Quantise again from finite values: a block with NaN or Inf has scale NaN.",
-            )
+    """No NaN or Inf in `scale`.  It reads the values: for tensors on a CPU, where that is no sync.
+
+    One sum shows them all; it may overflow without them, which the second look finds out.
+    """
+    if not math.isfinite(scale.sum().item()) and not bool(scale.isfinite().all()):
+        fail(
+            argument,
+            "finite scales",
+            "NaN or Inf among them",
+            "Quantise again from finite values: a block with NaN or Inf has scale NaN.",
+        )
 
 
 def qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """q, k, v agree as [B, S, H, D] with grouped heads."""
+    if (
+        isinstance(q, torch.Tensor)
+        and isinstance(k, torch.Tensor)
+        and isinstance(v, torch.Tensor)
+        and len(have := q.shape) == len(keys := k.shape) == len(values := v.shape) == 4
+        and keys == (have[0], keys[1], keys[2], have[3])
+        and values == (keys[0], keys[1], keys[2], values[3])
+        and keys[2]
+        and not have[2] % keys[2]
+        and (same := q.dtype) in FLOATS
+        and k.dtype == same == v.dtype
+        and k.device == q.device == v.device
+        and q.is_contiguous()
+        and k.is_contiguous()
+        and v.is_contiguous()
+    ):
+        return
     for name, x in (("q", q), ("k", k), ("v", v)):
         tensor(name, x, 4, "[B, S, H, D]")
         dense_last(name, x)
@@ -140,6 +176,19 @@ def segments(
     q: torch.Tensor, k: torch.Tensor, block_table: torch.Tensor, offset_index: torch.Tensor
 ) -> None:
     """q [O, B, L, H, D] fits a cache k [B, slots, N, H, D], and both lists fit each other."""
+    if (
+        isinstance(q, torch.Tensor)
+        and isinstance(block_table, torch.Tensor)
+        and len(have := q.shape) == 5
+        and have[0]
+        and q.dtype in FLOATS
+        and (keys := k.shape) == (have[1], keys[1], keys[2], have[3], have[4])
+        and len(listed := block_table.shape) == 1
+        and offset_index.shape == listed
+        and block_table.dtype == torch.int64 == offset_index.dtype
+        and k.device == q.device == block_table.device == offset_index.device
+    ):
+        return
     tensor("q", q, 5, "[O, B, L, H, D]")
     dtype("q", q, FLOATS)
     batch, _, _, heads, dim = k.shape
@@ -157,7 +206,8 @@ def softmax_scale(sm_scale: float | None, dim: int) -> float:
     """sm_scale, or 1 / sqrt(D)."""
     if sm_scale is None:
         return dim**-0.5
-    positive("sm_scale", sm_scale)
+    if not 0 < sm_scale < math.inf:
+        positive("sm_scale", sm_scale)
     return sm_scale
 
 

@@ -12,8 +12,8 @@ from reeltime import checks
 from reeltime.backends import Op
 from reeltime.checks import Tolerance
 from reeltime.gemm_w8a8 import reference
-from reeltime.gemm_w8a8.reference import BLOCK_N
-from reeltime.quant.api import BLOCK_ROWS, FORMATS, scale_shape
+from reeltime.gemm_w8a8.reference import BLOCK_K, BLOCK_N
+from reeltime.quant.api import BLOCK_ROWS, FORMATS, check_scale, scale_shape
 
 EPILOGUES = ("none", "gelu", "gated_residual")
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -84,27 +84,46 @@ GEMM_REQUANTIZED = Op(
 def _check_operands(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, block_rows: int
 ) -> tuple[int, int]:
+    if (
+        not isinstance(a, Tensor)
+        or not isinstance(b, Tensor)
+        or len(left := a.shape) != 2
+        or len(right := b.shape) != 2
+        or (K := left[1]) != right[1]
+        or K % 16
+        or (stored := a.dtype) not in checks.INT8_OR_FP8
+        or b.dtype != stored
+        or not a.is_contiguous()
+        or not b.is_contiguous()
+        or block_rows not in BLOCK_ROWS
+        or a_scale.shape != (-(-left[0] // block_rows), -(-K // BLOCK_K))
+        or b_scale.shape != (-(-right[0] // BLOCK_N), -(-K // BLOCK_K))
+        or a_scale.dtype != torch.float32
+        or b_scale.dtype != torch.float32
+        or (device := a.device) != b.device
+        or a_scale.device != device
+        or b_scale.device != device
+    ):
+        _check_pair(a, b, block_rows)
+        check_scale("a_scale", a_scale, block_rows, "a", a, "[ceil(M / bm), ceil(K / 128)]")
+        check_scale("b_scale", b_scale, BLOCK_N, "b", b, "[ceil(N / 128), ceil(K / 128)]")
+    if a_scale.is_cpu and not torch.compiler.is_compiling():
+        checks.finite_scale("a_scale", a_scale)
+        checks.finite_scale("b_scale", b_scale)
+    return left[0], right[0]
+
+
+def _check_pair(a: Tensor, b: Tensor, block_rows: int) -> None:
     checks.choice("block_rows", block_rows, BLOCK_ROWS)
     for name, x, layout in (("a", a, "[M, K]"), ("b", b, "[N, K]")):
         checks.tensor(name, x, 2, layout)
         checks.dtype(name, x, checks.INT8_OR_FP8)
         checks.dense_last(name, x)
-    (M, K), N = a.shape, b.shape[0]
     checks.dtype("b", b, (a.dtype,))
-    checks.shape("b", b, (N, K), "[N, K of a]")
-    if K % 16:
-        checks.fail("K", "a multiple of 16", K, "Pad a and b with zeros along K.")
-    wanted = (
-        ("a_scale", a_scale, scale_shape(M, K, block_rows), "[ceil(M / bm), ceil(K / 128)]"),
-        ("b_scale", b_scale, scale_shape(N, K, BLOCK_N), "[ceil(N / 128), ceil(K / 128)]"),
-    )
-    for name, scale, want, layout in wanted:
-        checks.shape(name, scale, want, layout)
-        checks.dtype(name, scale, (torch.float32,))
-        checks.device(name, scale, a, "a")
-        checks.finite_scale(name, scale)
+    checks.shape("b", b, (b.shape[0], a.shape[1]), "[N, K of a]")
+    if a.shape[1] % 16:
+        checks.fail("K", "a multiple of 16", a.shape[1], "Pad a and b with zeros along K.")
     checks.device("b", b, a, "a")
-    return M, N
 
 
 def _check_epilogue(
@@ -116,8 +135,10 @@ def _check_epilogue(
     residual: Tensor | None,
     gate: Tensor | None,
 ) -> None:
-    checks.choice("epilogue", kind, EPILOGUES)
-    if bias is not None:
+    if kind not in EPILOGUES:
+        checks.choice("epilogue", kind, EPILOGUES)
+    device = a.device
+    if bias is not None and (bias.shape != (N,) or bias.device != device):
         checks.shape("bias", bias, (N,), "[N]")
         checks.device("bias", bias, a, "a")
     if (kind == "gated_residual") != (residual is not None):
@@ -127,15 +148,18 @@ def _check_epilogue(
             f"{'none' if residual is None else 'one'} with epilogue={kind!r}",
             "Pass both or neither.",
         )
-    if residual is not None:
+    if residual is not None and (residual.shape != (M, N) or residual.device != device):
         checks.shape("residual", residual, (M, N), "[M, N]")
         checks.device("residual", residual, a, "a")
     if gate is not None:
         if residual is None:
             checks.fail("gate", "None without a residual", "a tensor", "Leave it out.")
-        checks.shape("gate", gate, (gate.shape[0], N), "[F, N]")
-        checks.divides("gate (its frames F)", gate.shape[0], M, "M")
-        checks.device("gate", gate, a, "a")
+        have = gate.shape
+        if len(have) != 2 or have[1] != N or not have[0] or M % have[0] or gate.device != device:
+            checks.tensor("gate", gate, 2, "[F, N]")
+            checks.shape("gate", gate, (have[0], N), "[F, N]")
+            checks.divides("gate (its frames F)", have[0], M, "M")
+            checks.device("gate", gate, a, "a")
 
 
 def gemm_w8a8(
@@ -185,14 +209,23 @@ def gemm_w8a8(
     Source: Vidu S1, section 2.3.2; TurboDiffusion (arXiv 2512.16093).
     """
     M, N = _check_operands(a, b, a_scale, b_scale, block_rows)
-    _check_epilogue(M, N, a, epilogue, bias, residual, gate)
-    checks.choice("out_dtype", out_dtype, OUT_DTYPES)
-    arguments = (a, b, a_scale, b_scale, bias, residual, gate, block_rows, epilogue)
+    if epilogue != "none" or bias is not None or residual is not None or gate is not None:
+        _check_epilogue(M, N, a, epilogue, bias, residual, gate)
+    if out_dtype not in OUT_DTYPES:
+        checks.choice("out_dtype", out_dtype, OUT_DTYPES)
     if requantize is None:
-        checks.output("out", out, (M, N), out_dtype)
-        y = GEMM.run(backend, a.device, *arguments, out_dtype)
+        if out is not None:
+            checks.output("out", out, (M, N), out_dtype)
+        # fmt: off
+        y = GEMM.run(
+            backend, a.device, a, b, a_scale, b_scale, bias, residual, gate, block_rows, epilogue,
+            out_dtype,
+        )
+        # fmt: on
         return y if out is None else out.copy_(y)
-    checks.choice("requantize", requantize, (None, *FORMATS))
+    if requantize not in FORMATS:
+        checks.choice("requantize", requantize, (None, *FORMATS))
+    arguments = (a, b, a_scale, b_scale, bias, residual, gate, block_rows, epilogue)
     yq, y_scale = GEMM_REQUANTIZED.run(backend, a.device, *arguments, FORMATS[requantize])
     if out is None:
         return yq, y_scale

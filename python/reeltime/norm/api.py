@@ -94,7 +94,7 @@ GATED_QUANTIZED = Op(
 
 
 def _check_per_frame(name: str, value: Tensor, x: Tensor) -> None:
-    """[B, F, C] with L % F == 0.  The first line is all that a good argument costs."""
+    """[B, F, C] with L % F == 0."""
     have, (batch, length, channels) = value.shape, x.shape
     if len(have) != 3 or have != (batch, have[1], channels) or not have[1] or length % have[1]:
         checks.tensor(name, value, 3, "[B, F, C]")
@@ -105,10 +105,8 @@ def _check_per_frame(name: str, value: Tensor, x: Tensor) -> None:
 
 
 def _check_vector(name: str, value: Tensor, x: Tensor) -> None:
-    if value.shape != x.shape[2:]:
-        checks.shape(name, value, x.shape[2:], "[C]")
-    if value.device != x.device:
-        checks.device(name, value, x, "x")
+    checks.shape(name, value, x.shape[2:], "[C]")
+    checks.device(name, value, x, "x")
 
 
 def _check(
@@ -122,25 +120,23 @@ def _check(
     quantize: str | None,
     block_rows: int,
 ) -> None:
-    checks.tensor("x", x, 3, "[B, L, C]")
-    if x.dtype not in checks.FLOATS:
-        checks.dtype("x", x, checks.FLOATS)
-    checks.dense_last("x", x)
+    checks.activation("x", x, 3, "[B, L, C]")
+    device, vector = x.device, (x.shape[2],)
     if kind not in KINDS:
         checks.choice("kind", kind, KINDS)
     if not 0 < eps < math.inf:
         checks.positive("eps", eps)
-    if weight is not None:
+    if weight is not None and (weight.shape != vector or weight.device != device):
         _check_vector("weight", weight, x)
-    if bias is not None:
+    if bias is not None and (bias.shape != vector or bias.device != device):
         _check_vector("bias", bias, x)
     if scale is not None:
         _check_per_frame("scale", scale, x)
     if shift is not None and (scale is None or shift.shape != scale.shape):
         _check_per_frame("shift", shift, x)
-    elif shift is not None and shift.device != x.device:
+    elif shift is not None and shift.device != device:
         checks.device("shift", shift, x, "x")
-    if quantize is not None:
+    if quantize is not None and (quantize not in FORMATS or block_rows not in BLOCK_ROWS):
         checks.choice("quantize", quantize, tuple(FORMATS))
         checks.choice("block_rows", block_rows, BLOCK_ROWS)
 
@@ -240,9 +236,13 @@ def gated_residual_norm(
     Source: Wan (arXiv 2503.20314), block order; Vidu S1, section 2.3.2 (fusion).
     """
     _check(x, kind, weight, bias, scale, shift, eps, quantize, block_rows)
-    checks.shape("h", h, x.shape, "the shape of x [B, L, C]")
-    checks.device("h", h, x, "x")
-    if gate is not None:
+    if h.shape != x.shape or h.device != x.device:
+        checks.shape("h", h, x.shape, "the shape of x [B, L, C]")
+        checks.device("h", h, x, "x")
+    # A gate like the scale is as good as the scale.
+    if gate is not None and (
+        scale is None or gate.shape != scale.shape or gate.device != scale.device
+    ):
         _check_per_frame("gate", gate, x)
     options = (kind, weight, bias, scale, shift, eps)
     if quantize is None:
