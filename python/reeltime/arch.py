@@ -29,6 +29,7 @@ class Arch:
     shared: int  # bytes that the blocks of one SM share, 1 KiB of them lost per block
     threads: int  # resident threads of one SM
     blocks: int  # resident blocks of one SM
+    processors: int  # SMs of that card
     tensor_core: dict[str, str]  # the fastest instruction of a matrix product, by dtype
     tflops: dict[str, float]  # a missing dtype has no tensor-core path
 
@@ -49,22 +50,24 @@ WARPGROUP = {"float16": "HGMMA", "bfloat16": "HGMMA", "int8": "IGMMA", "fp8": "Q
 TENSOR_MEMORY = {"float16": "UTCHMMA", "bfloat16": "UTCHMMA", "int8": "UTCIMMA", "fp8": "UTCQMMA"}
 
 ARCHS: tuple[Arch, ...] = (
-    Arch("sm80", (8, 0), "80", "A100 SXM", ALL, 163 * KIB, 164 * KIB, 2048, 32, WARP, {
+    Arch("sm80", (8, 0), "80", "A100 SXM", ALL, 163 * KIB, 164 * KIB, 2048, 32, 108, WARP, {
         "fp32": 19.5, "bf16": 312.0, "int8": 624.0,
     }),
-    Arch("sm86", (8, 6), "86", "RTX 3090", ALL, 99 * KIB, 100 * KIB, 1536, 16, WARP, {
+    Arch("sm86", (8, 6), "86", "RTX 3090", ALL, 99 * KIB, 100 * KIB, 1536, 16, 82, WARP, {
         "fp32": 35.6, "bf16": 71.2, "int8": 284.7,
     }),
-    Arch("sm89", (8, 9), "89", "RTX 4090", ALL, 99 * KIB, 100 * KIB, 1536, 24, WARP_FP8, {
+    Arch("sm89", (8, 9), "89", "RTX 4090", ALL, 99 * KIB, 100 * KIB, 1536, 24, 128, WARP_FP8, {
         "fp32": 82.6, "bf16": 165.2, "int8": 660.6, "fp8": 330.3, "fp8_fp16_accumulate": 660.6,
     }),
-    Arch("sm90", (9, 0), "90a", "H100/H200 SXM", ALL, 227 * KIB, 228 * KIB, 2048, 32, WARPGROUP, {
+    Arch("sm90", (9, 0), "90a", "H100/H200 SXM", ALL, 227 * KIB, 228 * KIB, 2048, 32, 132,
+         WARPGROUP, {
         "fp32": 66.9, "bf16": 989.4, "int8": 1978.9, "fp8": 1978.9,
     }),
-    Arch("sm100", (10, 0), "100a", "B200", ALL, 227 * KIB, 228 * KIB, 2048, 32, TENSOR_MEMORY, {
+    Arch("sm100", (10, 0), "100a", "B200", ALL, 227 * KIB, 228 * KIB, 2048, 32, 148,
+         TENSOR_MEMORY, {
         "fp32": 75.0, "bf16": 2250.0, "int8": 4500.0, "fp8": 4500.0,
     }),
-    Arch("sm120", (12, 0), "120a", "RTX 5090", ALL, 99 * KIB, 100 * KIB, 1536, 24, WARP_FP8, {
+    Arch("sm120", (12, 0), "120a", "RTX 5090", ALL, 99 * KIB, 100 * KIB, 1536, 24, 170, WARP_FP8, {
         "fp32": 104.8, "bf16": 209.5, "int8": 838.0, "fp8": 419.0, "fp8_fp16_accumulate": 838.0,
     }),
 )  # fmt: skip

@@ -84,7 +84,7 @@ def repair_casts() -> None:
 
 
 def repair_arithmetic() -> None:
-    binary, unary, dot = Builder.binary_op, Builder.unary_op, Builder.create_dot
+    binary, dot = Builder.binary_op, Builder.create_dot
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         kind = lhs.dtype.scalar
@@ -92,10 +92,6 @@ def repair_arithmetic() -> None:
             return binary(self, lhs, rhs, op)
         result = op(wide(lhs), wide(rhs))
         return Handle(result, tl.int1) if result.dtype == np.bool_ else narrowed(result, kind)
-
-    def unary_op(self: Any, arg: Any, op: Any) -> Any:
-        kind = arg.dtype.scalar
-        return narrowed(op(wide(arg)), kind) if kind in NARROW else unary(self, arg, op)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
         kind = a.dtype.scalar
@@ -111,8 +107,18 @@ def repair_arithmetic() -> None:
         exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
         return Handle(exact.astype(z.data.dtype), z.dtype.scalar)
 
-    Builder.binary_op, Builder.unary_op = binary_op, unary_op
-    Builder.create_dot, Builder.create_fma = create_dot, create_fma
+    Builder.binary_op, Builder.create_dot, Builder.create_fma = binary_op, create_dot, create_fma
+
+
+def repair_indices() -> None:
+    """A loop bound is an array of one element, which numpy no longer turns into an int."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 # --- Memory -------------------------------------------------------------------------------------
@@ -220,4 +226,5 @@ def repair() -> None:
         _repaired = True
         repair_casts()
         repair_arithmetic()
+        repair_indices()
         repair_memory()

@@ -55,3 +55,14 @@ def store_as(y, LIMIT: tl.constexpr, dtype: tl.constexpr):
 def encode(x, scale, LIMIT: tl.constexpr, dtype: tl.constexpr):
     """x / scale in `dtype`; a NaN scale stores zeros."""
     return store_as(divide(x, scale), LIMIT, dtype)
+
+
+@triton.jit
+def rotate(x, table):
+    """Pairs (2i, 2i + 1) of float32 x [M, W], turned as complex numbers by table [M, W], whose
+    pairs are (cos, sin)."""
+    M: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    a, b = tl.split(tl.reshape(x, (M, W // 2, 2)))
+    cos, sin = tl.split(tl.reshape(table, (M, W // 2, 2)))
+    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (M, W))
