@@ -26,6 +26,7 @@ from reeltime.jit.launch import Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -47,6 +48,8 @@ class Compiled:
 
     registers: int = 0
     spill_bytes: int = 0  # local memory that the compiler used, per thread
+    hot_spills: int = 0  # loads and stores of it in the innermost loops
+    hot_instructions: int = 0  # of those loops in all
     shared_bytes: int = 0
     operands: tuple[str, ...] = ()  # dtypes of its matrix products
     instructions: dict[str, int] = field(default_factory=dict)  # matrix instructions in the SASS
@@ -124,15 +127,18 @@ def inspect(cubin: bytes) -> dict[str, Any]:
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = tool("nvdisasm", "-c", file.name)
     resources = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    names = re.findall(r"^\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", sass, re.M)
+    names, loops = program(sass)
     counted: dict[str, int] = {}
     for name in names:
         if MATRIX.match(name):
             counted[name] = counted.get(name, 0) + 1
-    spills = any(name.startswith(("STL", "LDL")) for name in names)
+    spills = [index for index, name in enumerate(names) if name.startswith(("STL", "LDL"))]
+    hot = [index for index in spills if any(start <= index <= end for start, end in loops)]
     found = {
         "registers": resources.get("REG", 0),
         "spill_bytes": max(resources.get("STACK", 0), resources.get("LOCAL", 0)) if spills else 0,
+        "hot_spills": len(hot) if loops else len(spills),
+        "hot_instructions": sum(end - start + 1 for start, end in loops) or len(names),
         "instructions": counted,
     }
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -142,9 +148,40 @@ def inspect(cubin: bytes) -> dict[str, Any]:
     return found
 
 
+INSTRUCTION = re.compile(r"\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)(.*)")
+LABEL = re.compile(r"(\.L_\w+):")
+
+
+def program(sass: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Instructions in order, and where the innermost loops begin and end: of those that hold
+    matrix instructions, if there are any.  A loop is a branch backwards."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: set[tuple[int, int]] = set()
+    for line in sass.splitlines():
+        if label := LABEL.match(line):
+            labels[label.group(1)] = len(names)
+        elif found := INSTRUCTION.match(line):
+            names.append(found.group(1))
+            aim = re.search(r"`\((\.L_\w+)\)", found.group(2))
+            if found.group(1).startswith("BRA") and aim and aim.group(1) in labels:
+                loops.add((labels[aim.group(1)], len(names) - 1))
+    # The last instruction of a program branches to itself, which is no loop.
+    loops = {(start, end) for start, end in loops if end > start}
+    busy = {
+        loop for loop in loops if any(MATRIX.match(n) for n in names[loop[0] : loop[1] + 1])
+    } or loops
+    inner = [
+        (start, end)
+        for start, end in busy
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in busy)
+    ]
+    return names, sorted(inner)
+
+
 def remembered(digest: str) -> Path:
     """Where what was read of a cubin is kept, beside Triton's own cache of it."""
-    return Path(triton.knobs.cache.dir) / "reeltime-port" / f"{digest}.json"
+    return Path(triton.knobs.cache.dir) / "reeltime-port-3" / f"{digest}.json"
 
 
 def tool(name: str, *arguments: str) -> str:

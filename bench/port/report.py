@@ -20,6 +20,7 @@ from reeltime.jit.launch import Launch, recording
 OK, SLOW, SPILLS, SHARED = "ok", "slow path", "spills", "too much shared memory"
 FAILED, ABSENT = "failed", "not offered"
 BAD = (SLOW, SPILLS, SHARED, FAILED)
+HARMLESS = 0.01  # share of the innermost loops' instructions that may reload a spilled register
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Row:
     warps: int
     registers: int
     spill_bytes: int
+    hot_spills: int  # loads and stores of them in the innermost loops
     shared_bytes: int
     shared_limit: int
     blocks_per_sm: int
@@ -64,14 +66,18 @@ def judge(compiled: Compiled, arch: Arch) -> tuple[str, str]:
         return FAILED, compiled.error
     if compiled.shared_bytes > arch.shared_limit:
         return SHARED, f"{compiled.shared_bytes} of {arch.shared_limit} bytes"
+    spilled = ""
     if compiled.spill_bytes:
-        return SPILLS, f"{compiled.spill_bytes} bytes per thread"
+        spilled = f"spills {compiled.spill_bytes} bytes, {compiled.hot_spills or 'none'} of "
+        spilled += f"{compiled.hot_instructions} instructions of the innermost loops"
+    if compiled.hot_spills > HARMLESS * compiled.hot_instructions:
+        return SPILLS, spilled
     found = sorted({name.split(".")[0] for name in compiled.instructions})
     for operand in compiled.operands:
         best = arch.tensor_core.get(operand, "a matrix instruction")
         if best not in found:
             return SLOW, f"{operand}: expected {best}, found {', '.join(found) or 'FMA'}"
-    return OK, ""
+    return OK, spilled
 
 
 def row(specimen: Specimen, launch: Launch, arch: Arch, compiled: Compiled) -> Row:
@@ -91,6 +97,7 @@ def row(specimen: Specimen, launch: Launch, arch: Arch, compiled: Compiled) -> R
         warps=warps,
         registers=compiled.registers,
         spill_bytes=compiled.spill_bytes,
+        hot_spills=compiled.hot_spills,
         shared_bytes=compiled.shared_bytes,
         shared_limit=arch.shared_limit,
         blocks_per_sm=blocks,
@@ -105,7 +112,7 @@ def row(specimen: Specimen, launch: Launch, arch: Arch, compiled: Compiled) -> R
 def absent(specimen: Specimen, arch: Arch, why: str) -> Row:
     """A call that this architecture is not offered, and the reason that its user is told."""
     return Row(
-        arch.name, specimen.family, specimen.case, "", "triton", 0, 0, 0, 0,
+        arch.name, specimen.family, specimen.case, "", "triton", 0, 0, 0, 0, 0,
         arch.shared_limit, 0, 0.0, "", 0.0, ABSENT, why,
     )  # fmt: skip
 

@@ -34,6 +34,12 @@ class Arch:
     tflops: dict[str, float]  # a missing dtype has no tensor-core path
 
     @property
+    def fast_fp16_sums(self) -> bool:
+        """Products of 16 and 8 bits run at twice the rate if they are summed in float16: on cards
+        that share a die with the consumer line."""
+        return self.shared_limit < 100 * KIB
+
+    @property
     def sm(self) -> int:
         """90 of capability 9.0: what Triton and ptxas call it."""
         return 10 * self.capability[0] + self.capability[1]

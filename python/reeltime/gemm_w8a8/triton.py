@@ -10,6 +10,7 @@ the float32 tile, and so does requantisation: the tile then holds whole blocks o
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -236,6 +237,8 @@ def tile_config(processors: int, M: int, N: int, block_rows: int, requantized: b
 
 
 def run(
+    out: Tensor,
+    out_scale: Tensor | None,
     a: Tensor,
     b: Tensor,
     a_scale: Tensor,
@@ -245,8 +248,6 @@ def run(
     gate: Tensor | None,
     block_rows: int,
     epilogue: str,
-    out: Tensor,
-    out_scale: Tensor | None,
 ) -> None:
     M, N, K = a.shape[0], b.shape[0], a.shape[1]
     name = "gemm_w8a8" if out_scale is None else f"gemm_w8a8_requantized_{block_rows}"
@@ -278,16 +279,16 @@ def run(
 
 
 @api.GEMM.kernel("triton", unless=unless(0, 9))
-def gemm(a: Tensor, b: Tensor, *rest: object) -> Tensor:
+def gemm(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=rest[-1])
-    run(a, b, *rest[:-1], out, None)
+    run(out, None, a, b, *rest[:-1])
     return out
 
 
 @api.GEMM_REQUANTIZED.kernel("triton", unless=unless(0, 9))
-def gemm_requantized(a: Tensor, b: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def gemm_requantized(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = a.new_empty((a.shape[0], b.shape[0]), dtype=rest[-1])
-    scale_shape = api.scale_shape(*out.shape, rest[-3])
+    scale_shape = api.scale_shape(out.shape[0], out.shape[1], rest[-3])
     out_scale = a.new_empty(scale_shape, dtype=torch.float32)
-    run(a, b, *rest[:-1], out, out_scale)
+    run(out, out_scale, a, b, *rest[:-1])
     return out, out_scale

@@ -347,14 +347,15 @@ def write(
     Args:
         k, v: [B, F * N, C] raw projections, C = H * D contiguous.
         cache: from make_cache, written in place; its summaries too, if it has them.
-        slots: [F] int64 on the device of the cache, distinct.
+        slots: [F] int64 on the device of the cache, distinct.  A kernel leaves out the frame of
+            a slot that the cache does not have.
         table: [F * N, D / 2, 2]; None stores raw keys, for rope_on_cache.
         norm_weight: optional [C] of the RMSNorm on k; None: no norm.
         num_heads: H.
         backend: "auto", "reference", "triton" or "cuda".
     Raises:
-        ValueError: names the argument, what was expected, what came; slots out of range, on the
-            CPU (a GPU would have to wait to look).
+        ValueError: names the argument, what was expected, what came; slots out of range, by the
+            reference on the CPU (a GPU would have to wait to look).
         UnsupportedArchError: lists what this build can run.
     Accumulation: float32 (float64 for float64).  Graph-safe: yes.
     Source: Vidu S1, section 2.3.1; SageAttention (arXiv 2410.02367), with the mean per block.

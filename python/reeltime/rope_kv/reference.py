@@ -47,7 +47,7 @@ def rope_table(
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """wide x [..., L, H, D] by table [..., L, D / 2, 2], pairs (2i, 2i + 1) as complex numbers."""
     pairs = torch.view_as_complex(x.unflatten(-1, (x.shape[-1] // 2, 2)))
-    turn = torch.view_as_complex(table.to(x.dtype)).unsqueeze(-2)
+    turn = torch.view_as_complex(table.to(x.dtype).contiguous()).unsqueeze(-2)
     return torch.view_as_real(pairs * turn).flatten(-2)
 
 
