@@ -129,7 +129,8 @@ class Memory:
 
     def __init__(self) -> None:
         self.extents: list[tuple[int, int]] = []
-        self.owners: list[np.ndarray] = []
+        self.starts = self.ends = np.zeros(0, np.int64)
+        self.owners: dict[int, np.ndarray] = {}  # by extent, once it is stored to
 
     def allow(self, argument: Any) -> None:
         """The bytes between a tensor's first and last element, not all of its storage."""
@@ -150,7 +151,8 @@ class Memory:
                 low, high = merged[-1][0], max(high, merged.pop()[1])
             merged.append((low, high))
         self.extents = merged
-        self.owners = [np.full(high - low, -1, np.int64) for low, high in merged]
+        if merged:
+            self.starts, self.ends = np.array(merged).T
 
     def check(self, pointers: Any, mask: np.ndarray, program: Any, verb: str) -> None:
         seen = np.broadcast_to(mask, pointers.data.shape).astype(bool)
@@ -158,9 +160,8 @@ class Memory:
         if not address.size:
             return
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        starts, ends = np.array(self.extents).T
-        home = np.searchsorted(starts, address, "right") - 1
-        inside = (home >= 0) & (address + size <= ends[home])
+        home = np.searchsorted(self.starts, address, "right") - 1
+        inside = (home >= 0) & (address + size <= self.ends[home])
         if not inside.all():
             bad = int(address[~inside][0])
             low, high = min(self.extents, key=lambda e: min(abs(bad - e[0]), abs(bad - e[1])))
@@ -169,8 +170,13 @@ class Memory:
                 f"{bad - low} bytes from the start of a tensor of {high - low} bytes"
             )
         if verb == "store":
-            for index in np.unique(home):
-                self.claim(self.owners[index], address[home == index] - starts[index], program)
+            first, last = int(home.min()), int(home.max())
+            for index in range(first, last + 1):
+                here = address if first == last else address[home == index]
+                if index not in self.owners:
+                    length = self.ends[index] - self.starts[index]
+                    self.owners[index] = np.full(length, -1, np.int64)
+                self.claim(self.owners[index], here - self.starts[index], program)
 
     def claim(self, owner: np.ndarray, place: np.ndarray, program: tuple[int, ...]) -> None:
         x, y, z = program
@@ -186,7 +192,9 @@ class Memory:
 def repair_memory() -> None:
     load, store = Builder.create_masked_load, Builder.create_masked_store
     prepare, run = interpreter.GridExecutor._init_args_hst, interpreter.GridExecutor.__call__
+    patch = interpreter._patch_lang
     running: list[Memory] = []
+    patched: set[int] = set()
 
     def masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         running[-1].check(pointers, mask.data, self.grid_idx, "load")
@@ -205,15 +213,27 @@ def repair_memory() -> None:
 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         running.append(Memory())
+        patched.clear()
         try:
             with np.errstate(all="ignore"):
                 return run(self, *arguments, **named)
         finally:
             running.pop()
 
+    def patch_once(fn: Any) -> Any:
+        """Every call of a device function patches triton.language again: once a launch will do."""
+        modules = {
+            id(value) for value in fn.__globals__.values() if value is tl or value is tl.core
+        }
+        if modules <= patched:
+            return None
+        patched.update(modules)
+        return patch(fn)
+
     Builder.create_masked_load, Builder.create_masked_store = masked_load, masked_store
     interpreter.GridExecutor._init_args_hst = prepare_arguments
     interpreter.GridExecutor.__call__ = call
+    interpreter._patch_lang = patch_once
 
 
 _repaired = False

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sla on Triton: its ops, and which kernels each is made of.
+
+block_mask        score, select, compress, compress                          (triton_mask)
+sparse_attention  attend                                                     (triton_attend)
+linear_attention  sum | expand, cover; linear           (triton_summaries, triton_attend)
+sla               pool, keys, score, select, sum | cover, (project), attend
+segment_sla       pool, score, select, sum | cover, (project), attend: keys are in the cache
+gradients         the forward's statistics again, then dq, dkv, dh            (triton_backward)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reeltime.jit.launch import arch_of, unless
+from reeltime.rope_kv.reference import BLOCK
+from reeltime.sla import api
+from reeltime.sla import triton_backward as triton_backward  # adds the gradients
+from reeltime.sla.triton_attend import attend, by_head, lists_of
+from reeltime.sla.triton_linear import FLOAT32, linear_into
+from reeltime.sla.triton_mask import choose, compress, dense, pool, width
+from reeltime.sla.triton_summaries import parts_of, project, reach, sums_of
+
+
+@api.BLOCK_MASK.kernel("triton", unless=unless(0, 1))
+def block_mask(
+    pooled_q: Tensor,
+    pooled_k: Tensor,
+    similar_q: Tensor | None,
+    similar_k: Tensor | None,
+    topk: int | None,
+    topp: float | None,
+    negligible: float,
+    sm_scale: float,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    guard_q = None if similar_q is None else similar_q.view(torch.uint8)
+    guard_k = None if similar_k is None else similar_k.view(torch.uint8)
+    queries, keys = dense(pooled_q).unsqueeze(0), dense(pooled_k).unsqueeze(1)
+    choice = choose(
+        queries, keys, guard_q, guard_k, None, topk, topp, negligible, sm_scale, want="code"
+    )
+    code, bounds = choice.code, choice.bounds
+    assert code is not None
+    selected = compress(code, bounds[..., 1], bounds[..., 0], 1, capacity)
+    return *selected, *compress(code, bounds[..., 3], None, 2, pooled_k.shape[1])
+
+
+def _skips(
+    device: torch.device, q: Tensor, E: int, pv_skip: float, block_q: int, block_k: int
+) -> str | None:
+    """pv_skip looks at a whole query block and a whole key block at once."""
+    if pv_skip == float("inf"):
+        return None
+    rows, keys = width(min(block_q, max(q.shape[-3], 1))), width(block_k)
+    room = q.itemsize * (rows * width(q.shape[-1]) + keys * (width(q.shape[-1]) + width(E)))
+    if rows > 256 or keys > 128 or room > arch_of(device).shared_limit:
+        return (
+            f"with pv_skip one program holds a whole query block, and {block_q} x {block_k} tokens "
+            f"of {q.dtype} are too many; smaller blocks, or backend='reference' at any size"
+        )
+    return None
+
+
+def _unless_sparse(device: torch.device, *args: Any) -> str | None:
+    why = unless(0, 1, 2)(device, *args)
+    return why or _skips(device, args[0], args[2].shape[3], args[8], args[5], args[6])
+
+
+def _unless_sla(device: torch.device, *args: Any) -> str | None:
+    why = unless(0, 1, 2, 3, 4)(device, *args)
+    return why or _skips(device, args[0], args[2].shape[3], args[10], args[11], args[12])
+
+
+def _unless_segments(device: torch.device, *args: Any) -> str | None:
+    why = unless(*range(8), 10, 11)(device, *args)
+    return why or _skips(device, args[0], args[0].shape[4], args[16], args[17], BLOCK)
+
+
+@api.SPARSE_ATTENTION.kernel("triton", unless=_unless_sparse)
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    block_q: int,
+    block_k: int,
+    sm_scale: float,
+    pv_skip: float,
+) -> tuple[Tensor, Tensor]:
+    B, L, H, _ = q.shape
+    out = q.new_empty((B, L, H, v.shape[3]))
+    lse = q.new_empty((B, H, L), dtype=FLOAT32)
+    lists = (by_head(indices), by_head(indptr), 1)
+    window, sizes = (q.unsqueeze(0), k.unsqueeze(1), v.unsqueeze(1)), (block_q, block_k)
+    attend(*window, lists, sizes, sm_scale, pv_skip, out=out, lse=lse)
+    return out, lse
+
+
+@api.LINEAR_ATTENTION.kernel("triton", unless=unless(0, 1, 2))
+def linear_attention(
+    q: Tensor,
+    h: Tensor,
+    z: Tensor,
+    indptr: Tensor | None,
+    indices: Tensor | None,
+    over: str,
+    block_q: int,
+    phi: str,
+    eps: float,
+) -> Tensor:
+    sums = sums_of(h, z, indptr, indices, over)
+    out = q.new_empty((*q.shape[:3], h.shape[4]))
+    linear_into(out, dense(q).unsqueeze(0), *sums, block_q, phi, eps)
+    return out
+
+
+@api.SLA.kernel("triton", unless=_unless_sla)
+def sla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    topk: int | None,
+    topp: float | None,
+    negligible: float,
+    over: str,
+    similarity: float,
+    pv_skip: float,
+    block_q: int,
+    block_k: int,
+    phi: str,
+    sm_scale: float,
+    eps: float,
+) -> Tensor:
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    options = (topk, topp, negligible, over, similarity, block_q, block_k, phi, sm_scale)
+    choice, h, z, _ = parts_of(q, k, v, proj_weight, *options)
+    attend(
+        *(q.unsqueeze(0), k.unsqueeze(1), v.unsqueeze(1), lists_of(choice), (block_q, block_k)),
+        *(sm_scale, pv_skip),
+        linear=(h, z, proj_bias, phi, eps),
+        out=out,
+    )
+    return out
+
+
+@api.SEGMENT_SLA.kernel("triton", unless=_unless_segments)
+def segment_sla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    k_mean: Tensor,
+    v_scale: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    block_table: Tensor,
+    offset_index: Tensor,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    topk: int | None,
+    topp: float | None,
+    negligible: float,
+    over: str,
+    pv_skip: float,
+    block_q: int,
+    phi: str,
+    sm_scale: float,
+    eps: float,
+) -> Tensor:
+    q, segments, offsets = dense(q), (block_table, offset_index), q.shape[0]
+    pooled, _, encoded = pool(q, block_q, low=k_scale is not None)
+    assert pooled is not None
+    choice = choose(
+        *(pooled, dense(k_mean), None, None, segments, topk, topp),
+        *(negligible if over == "marginal" else None, sm_scale),
+        parts=1 if pv_skip < float("inf") else offsets,
+        want="list" if over == "all" else "code list",
+    )
+    total_h, total_z = reach(over, choice, h, z, segments, offsets)
+    if proj_weight is not None:
+        total_h = project(total_h, proj_weight)
+    out = q.new_empty(q.shape[1:])
+    low = None
+    if k_scale is not None and v_scale is not None and encoded is not None:
+        low = (*encoded, *(x.contiguous() for x in (k_scale, k_mean, v_scale)))
+    attend(
+        *(q, dense(k), dense(v), lists_of(choice), (block_q, BLOCK), sm_scale, pv_skip),
+        low=low,
+        segments=segments,
+        linear=(total_h, total_z, proj_bias, phi, eps),
+        out=out,
+    )
+    return out
