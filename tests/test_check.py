@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -527,6 +528,7 @@ def test_families_that_a_backend_lacks_are_named(monkeypatch, capsys):
 def test_help_does_not_import_torch():
     code = """
 import sys
+from collections import Counter
 from reeltime.cli import main
 try: main(["check", "--help"])
 except SystemExit as stop: assert not stop.code, stop.code
@@ -578,3 +580,16 @@ def test_shipped_page_lists_the_recipes_of_today(rows):
     assert {(op, recipe.strip()) for op, recipe in shipped} == {(r.op, r.recipe) for r in rows}
     assert "| FAIL |" not in text
     assert (ROOT / "docs/accuracy.png").stat().st_size > 10_000
+
+
+def test_what_a_backend_refuses_is_left_out_and_counted():
+    """Triton computes in float32: the float64 recipes have no row, and the reason is told."""
+    refused: Counter[str] = Counter()
+    rows = list(check.check("quant", "single_token", backend="triton", refused=refused))
+    everything = list(check.check("quant", "single_token", backend="reference"))
+    assert {row.recipe for row in everything} - {row.recipe for row in rows}
+    assert all(row.passed is not False for row in rows)
+    assert refused == {
+        "its kernels compute in float32; float64 has backend='reference'": len(everything)
+        - len(rows)
+    }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -85,20 +86,35 @@ def kinds(family: str) -> tuple[str, ...]:
 
 
 def check(
-    family: str, kind: str, *, backend: str, device: torch.device | str = "cpu", seed: int = 0
+    family: str,
+    kind: str,
+    *,
+    backend: str,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    refused: Counter[str] | None = None,
 ) -> Iterator[Row]:
-    """Every op of a family on one kind of input."""
+    """Every op of a family on one kind of input.
+
+    What the backend refuses by design (float64, say) gives no row; `refused` counts the reasons.
+    """
     inputs = Inputs(kind, backend, torch.device(device), seed)
     cases = import_module(f"reeltime.bench.accuracy.{family}").cases
     with torch.no_grad():
         for case in cases(inputs):
-            yield judge(case, family, inputs)
+            try:
+                yield judge(case, family, inputs)
+            except UnsupportedArchError as error:
+                if refused is not None:
+                    refused[str(error).split(" in this build: ")[-1].split(". Pass")[0]] += 1
 
 
 def judge(case: Case, family: str, inputs: Inputs) -> Row:
     message = None
     try:
         error = checks.accuracy(case.run().detach().cpu(), case.want)
+    except UnsupportedArchError:
+        raise
     except (ValueError, RuntimeError) as raised:
         error, message = checks.Accuracy(0.0, math.inf, math.inf, math.inf), str(raised)
     finite = math.isfinite(error.relative_l1) and bool(case.want.isfinite().all())

@@ -191,7 +191,7 @@ def backward(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor) -> object:
     options = ("all", -1.0, float("inf"), BLOCK_Q, BLOCK_K, "softmax", 0.1, 1e-5)
     args = (q, k, k, weight, bias, *mask, *options)
     needed = tuple(isinstance(arg, Tensor) for arg in args)
-    return OPS["sla"].gradients["triton"](args, (meta(*q.shape),), needed)
+    return OPS["sla"].gradients["triton"](args, (torch.empty_like(q),), needed)
 
 
 def keys_selected(k: Tensor, share: float = 0.1) -> int:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -83,12 +83,16 @@ def finetune(
     device: str = "cpu",
     backend: str = "auto",
     weights: Path = FOLDER,
+    resume: bool = False,
 ) -> list[float]:
     """Train an adapter for `minutes` and write it; the smoothed loss of every step."""
     torch.manual_seed(seed)
     dense, codec = load_miniature(weights)
     net = sparse(dense, sparsity, None)
     learned = make_adapter(net, rank)
+    if resume and out.exists():
+        for name, value in load_file(out).items():
+            learned[name].data.copy_(value)
     net, codec = net.to(device), codec.to(device).requires_grad_(False)
     config = net.config
     grid = tuple(s // p for s, p in zip(pool["pictures"].shape[-2:], config.patch, strict=True))
@@ -146,6 +150,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str, typer.Option(help="Of the kernels: auto, reference, triton.")] = "auto",
     seed: int = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the adapter that is there.")] = False,
 ) -> None:
     """Write sla-<sparsity>.safetensors and its loss into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +163,8 @@ def main(
         pool = latent_pool(codec, range(seed * people, (seed + 1) * people), workers)
         torch.save(pool, cache)
     out = folder / f"sla-{sparsity}.safetensors"
-    losses = finetune(sparsity, pool, minutes, out, device=device, backend=backend, seed=seed)
+    options: Any = {"device": device, "backend": backend, "seed": seed, "resume": resume}
+    losses = finetune(sparsity, pool, minutes, out, **options)
     (folder / f"sla-{sparsity}.json").write_text(json.dumps([round(x, 5) for x in losses]))
     console.print(f"{len(losses)} steps, loss {losses[-1]:.4f}: {out}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,18 +85,23 @@ def check(
             notes.print(f"{name}: not checked, no {backend} backend for it here", markup=False)
 
     rows: list[Row] = []
+    refused: Counter[str] = Counter()
     steps = [(name, kind) for name in chosen for kind in running.kinds(name)]
     with progress(notes) as bar:
         task = bar.add_task("", total=len(steps))
         for name, kind in steps:
             bar.update(task, description=f"{name}, {kind.replace('_', ' ')}")
-            rows += running.check(name, kind, backend=chosen[name], device=place, seed=seed)
+            rows += running.check(
+                name, kind, backend=chosen[name], device=place, seed=seed, refused=refused
+            )
             bar.advance(task)
 
     console = Console(stderr=as_json)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
     draw(console, rows, every)
+    for why, count in refused.items():
+        notes.print(f"{count} checks left out: {why}", markup=False, highlight=False)
     if update is not None:
         from reeltime.bench.accuracy import pages
 
@@ -112,6 +118,7 @@ def check(
             "backends": chosen,
             "device": str(place),
             "seed": seed,
+            "left_out": dict(refused),
             "checked": sum(row.passed is not None for row in rows),
             "failed": failed,
         }
