@@ -181,7 +181,7 @@ def eight_bits(
 def segments(inputs: Inputs) -> Iterator[Case]:
     for format, dtype in (("plain", "float64"), ("plain", "float32"), ("plain", "bfloat16"),
                           ("int8", "fp16"), ("int8", "fp8")):  # fmt: skip
-        yield from over_cache(inputs, format, dtype)
+        yield from inputs.offered(over_cache(inputs, format, dtype))
 
 
 def over_cache(inputs: Inputs, format: str, dtype: str) -> Iterator[Case]:

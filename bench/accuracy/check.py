@@ -98,15 +98,15 @@ def check(
 
     What the backend refuses by design (float64, say) gives no row; `refused` counts the reasons.
     """
-    inputs = Inputs(kind, backend, torch.device(device), seed)
+    reasons = Counter() if refused is None else refused
+    inputs = Inputs(kind, backend, torch.device(device), seed, reasons)
     cases = import_module(f"reeltime.bench.accuracy.{family}").cases
     with torch.no_grad():
         for case in cases(inputs):
             try:
                 yield judge(case, family, inputs)
             except UnsupportedArchError as error:
-                if refused is not None:
-                    refused[str(error).split(" in this build: ")[-1].split(". Pass")[0]] += 1
+                inputs.refuse(error)
 
 
 def judge(case: Case, family: str, inputs: Inputs) -> Row:

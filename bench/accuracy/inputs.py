@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from reeltime.arch import UnsupportedArchError
 
 KINDS = {
     "normal": "independent Gaussians",
@@ -40,6 +45,18 @@ class Inputs:
     backend: str
     device: torch.device
     seed: int
+    refused: Counter[str] = field(default_factory=Counter, compare=False)  # by reason
+
+    def refuse(self, error: UnsupportedArchError) -> None:
+        """Count what the backend refuses by design: a dtype, say."""
+        self.refused[str(error).split(" in this build: ")[-1].split(". Pass")[0]] += 1
+
+    def offered(self, cases: Iterator[Any]) -> Iterator[Any]:
+        """`cases`, none of them if the backend refuses what they are set up with."""
+        try:
+            yield from cases
+        except UnsupportedArchError as error:
+            self.refuse(error)
 
     @property
     def lengths(self) -> tuple[int, int]:

@@ -21,10 +21,10 @@ TOKENS, CHANNELS = {-3: BLOCK, -1: DIM}, {-3: BLOCK}  # who shares a scale of [.
 
 def cases(inputs: Inputs) -> Iterator[Case]:
     for dtype in ("float64", "float32", "bfloat16"):
-        yield from rotations(inputs, dtype)
-        yield from written(inputs, dtype)
+        yield from inputs.offered(rotations(inputs, dtype))
+        yield from inputs.offered(written(inputs, dtype))
     for stored in ("fp16", "fp8"):
-        yield from written_in_8_bits(inputs, stored)
+        yield from inputs.offered(written_in_8_bits(inputs, stored))
 
 
 def rotations(inputs: Inputs, dtype: str) -> Iterator[Case]:

@@ -141,10 +141,11 @@ def cases(inputs: Inputs) -> Iterator[Case]:
     q = inputs.draw("q", 1, queries, HEADS, DIM)
     k, v = (inputs.draw(name, 1, keys, HEADS, DIM) for name in "kv")
     for dtype in DTYPES:
-        yield from branches(inputs, dtype, *(inputs.put(x, dtype) for x in (q, k, v)))
+        given = (inputs.put(x, dtype) for x in (q, k, v))
+        yield from inputs.offered(branches(inputs, dtype, *given))
     yield from published(inputs, *(inputs.put(x) for x in (q, k, v)))
     for format, dtype in (("plain", "float32"), ("plain", "bfloat16"), ("int8", "fp8")):
-        yield from over_cache(inputs, format, dtype)
+        yield from inputs.offered(over_cache(inputs, format, dtype))
 
 
 def branches(inputs: Inputs, dtype: str, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]:

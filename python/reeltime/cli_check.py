@@ -101,7 +101,7 @@ def check(
         console.width = PIPED_WIDTH
     draw(console, rows, every)
     for why, count in refused.items():
-        notes.print(f"{count} checks left out: {why}", markup=False, highlight=False)
+        notes.print(f"{count} times left out: {why}", markup=False, highlight=False)
     if update is not None:
         from reeltime.bench.accuracy import pages
 
