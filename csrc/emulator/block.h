@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulator's state: a cluster of thread blocks, its fibers, and everything they wait for.
+//
+// One cluster runs at a time, on one OS thread; a fiber runs until it has to wait.  Fibers of a
+// cluster are numbered block by block; clocks carry one more entry per block, for its copy engine.
+#pragma once
+#include <deque>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "emulator/device.h"
+#include "emulator/fiber.h"
+#include "emulator/layouts.h"
+
+namespace reeltime::emulator {
+
+enum class Schedule : int32_t { kRandom, kForward, kBackward };  // which ready warp runs next
+enum class Landing : int32_t { kRandom, kAtIssue, kAtWait };     // when asynchronous effects show
+
+// Set from Python; the layout is mirrored in tests/cuda/emulate.py.
+struct Options {
+  Schedule schedule;
+  Landing landing;
+  uint64_t seed;
+  int32_t check_races;  // needs a kernel built with -fsanitize=thread to see plain accesses
+  int32_t count_banks;
+};
+
+// --- Order between threads -------------------------------------------------------------------
+
+using Clock = std::vector<uint32_t>;  // per thread: how far its history is known
+
+// What a thread knows, and hands over at a barrier.  `fenced` is the part of it that also the async
+// proxy (TMA, wgmma) sees: PTX ISA, "Async proxy", and fence.proxy.async.
+struct Order {
+  Clock seen, fenced;
+};
+
+// One access: thread and its clock at that time, 0 for none.
+using Epoch = uint32_t;
+constexpr int kClockBits = 19;
+
+// --- Threads ---------------------------------------------------------------------------------
+
+struct Block;
+struct Warp;
+
+struct AsyncCopy {
+  std::function<void()> land;      // makes the effect visible; run once
+  std::function<void()> complete;  // bookkeeping when the thread has waited for it
+  bool landed = false;
+};
+using CopyGroup = std::vector<AsyncCopy>;
+
+struct CopyQueue {  // of one thread: groups in order of commit, the open group last
+  std::deque<CopyGroup> committed;
+  CopyGroup open;
+};
+
+// What a thread waits for.  Put into words only when somebody asks: threads wait a million times.
+struct Waiting {
+  const char* format;  // of op, first and second: "%1$s of lanes %2$08x"
+  const char* op;
+  unsigned first, second;
+  std::string text() const;
+};
+
+struct Fiber {
+  enum State { kReady, kBlocked, kDone };
+  Thread view;
+  Context context;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  unsigned id = 0, linear = 0, lane = 0;
+  State state = kReady;
+  Waiting waiting{};              // what for, when blocked
+  bool in_block_barrier = false;  // blocked in a barrier that all lanes must reach together
+  const void* site = nullptr;     // the kernel's line in the runtime call in progress
+  Order order;
+  CopyQueue cp_async, bulk;
+  bool wgmma_fenced = false;
+  struct Registers {
+    const char* begin;
+    size_t bytes;
+  };
+  std::vector<Registers> in_flight;  // accumulators that a wgmma may still write
+};
+
+// Lanes that wait for each other.  Several may be open in a warp, for disjoint masks.
+struct Rendezvous {
+  const char* op;
+  unsigned mask, arrived;
+  void* arguments[32];
+};
+
+struct Warp {
+  Block* block = nullptr;
+  unsigned index = 0, existing = 0;  // existing: lanes that the block has
+  std::vector<Fiber*> lanes;
+  std::vector<Rendezvous> open;
+};
+
+struct BlockBarrier {
+  unsigned expected = 0, arrived = 0;
+  std::vector<Fiber*> waiting;
+  Order order;
+};
+
+struct Mbarrier {
+  uint32_t phase = 0, expected = 0, pending = 0;
+  int64_t bytes = 0;  // announced and not yet landed
+  Order gathering, completed;
+  Epoch initialised = 0;
+  std::vector<std::pair<Fiber*, uint32_t>> waiting;  // and the parity each waits for
+};
+
+struct WgmmaOp {
+  WgmmaOperands shared;  // descriptors and shape, equal in all threads
+  void* d[128];
+  uint32_t a[128][4];
+  bool landed = false;
+};
+
+struct Warpgroup {
+  const char* op = nullptr;
+  unsigned arrived = 0;
+  WgmmaOperands operands[128];
+  std::vector<Fiber*> waiting;
+  std::deque<std::vector<WgmmaOp>> committed;
+  std::vector<WgmmaOp> open;
+};
+
+// --- Memory ----------------------------------------------------------------------------------
+
+struct Read {
+  Epoch epoch;
+  uint32_t site;
+};
+struct Shadow {  // of one byte of shared memory
+  static constexpr int kReaders = 8;
+  Epoch write = 0;
+  uint32_t write_site = 0;
+  Read reads[kReaders] = {};   // those that no later access is ordered after
+  uint32_t pending_write = 0;  // thread + 1 that issued an asynchronous write still in flight
+  uint16_t pending_reads = 0;  // asynchronous reads in flight
+  bool barrier = false;        // part of an mbarrier
+  bool atomic = false;         // last written by an atomic operation
+};
+
+constexpr uint32_t kSharedBase = 1024;   // so that address 0 is never valid
+constexpr size_t kSharedMargin = 16384;  // around a window, nobody's
+constexpr int kRankShift = 24;           // shared::cluster address: (rank + 1) << 24 | address
+
+struct Block {
+  unsigned rank = 0, threads = 0, live = 0;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
+  BlockBarrier barriers[16];
+  std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by offset
+  std::vector<Shadow> shadow;
+  uint32_t engine_clock = 0;
+};
+
+struct BankCount {
+  const char* op = "";
+  uint64_t requests = 0, wavefronts = 0, ideal = 0;
+};
+
+// Loads or stores of one line of the kernel by one warp: lane l's n-th with the others' n-th.
+struct WarpAccesses {
+  struct Access {
+    uint32_t offset, bytes;
+  };
+  uint32_t count[32] = {};
+  std::vector<std::vector<Access>> together;
+};
+
+struct State {
+  Options options{};
+  std::mt19937_64 random;
+  std::vector<Block> blocks;  // of the running cluster
+  BlockBarrier cluster;
+  unsigned threads = 0;           // of the cluster
+  std::vector<AsyncCopy> flying;  // TMA loads on their way
+  Fiber* running = nullptr;
+  bool inside_atomic = false;
+  Context scheduler;
+  void (*body)(const void*) = nullptr;
+  const void* arguments = nullptr;
+  size_t argument_bytes = 0;
+  std::string kernel, error;
+  std::map<const void*, BankCount> banks;
+  std::map<std::pair<const void*, const Warp*>, WarpAccesses> plain_accesses;
+};
+extern State state;
+
+// --- schedule.cpp ----------------------------------------------------------------------------
+
+// Ends the launch.  The message is completed with kernel, block, thread and line.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+std::string site_name(const void* site);  // "[+0x1234]": emulate.py turns it into file:line
+const void* module_base();
+void block_until_woken(const Waiting& waiting);
+void wake(Fiber* fiber);
+bool lands_now();  // drawn for an asynchronous effect at its issue
+
+// Meets the other lanes in `mask`; the last to arrive runs all(arguments of all lanes).
+void meet(const char* op, unsigned mask, void* argument, const std::function<void(void**)>& all);
+std::string thread_name(const Fiber& fiber);
+
+// --- races.cpp -------------------------------------------------------------------------------
+
+void release(Order& to);  // what the running thread did so far becomes part of `to`
+void join(Order& to, const Order& from);
+void acquire(const Order& from);  // the running thread now knows it
+void release_engine(Order& to, Block& block);
+
+enum class Proxy { kGeneric, kAsync };
+void touch_read(Block& block, const Fiber& by, uint32_t offset, size_t bytes, const char* op,
+                Proxy proxy = Proxy::kGeneric);
+void touch_write(Block& block, const Fiber& by, uint32_t offset, size_t bytes, const char* op);
+void touch_atomic(Block& block, const Fiber& by, uint32_t offset, size_t bytes, const char* op);
+// An asynchronous write is legal from its issue, where it must follow all earlier accesses, and
+// forbids any other access until it is complete.
+void begin_write(Block& block, uint32_t offset, size_t bytes, const char* op);
+void complete_write(Block& block, uint32_t offset, size_t bytes, Epoch by);
+void begin_read(Block& block, uint32_t offset, size_t bytes);
+// A read by several warps is in flight until the `last` of them is done.
+void complete_read(Block& block, uint32_t offset, size_t bytes, const Fiber& by, bool last = true);
+Epoch epoch_of(const Fiber& fiber);
+Epoch tick_engine(Block& block);
+bool is_known(const Fiber& by, Epoch epoch);
+
+// --- memory.cpp ------------------------------------------------------------------------------
+
+struct Place {
+  Block* block;
+  uint32_t offset;
+  unsigned char* pointer() const { return block->shared + offset; }
+};
+// Checks range and alignment of a 32-bit shared address.
+Place resolve(uint32_t address, size_t bytes, size_t alignment, const char* op);
+// check_global without a new KERNEL_SITE, for use inside the runtime.
+void check_registered(const void* pointer, size_t bytes, size_t alignment, bool write,
+                      const char* op);
+void count_banks(const char* op, const uint32_t* rows, int count);
+void count_plain_banks();  // at the end of a cluster
+
+}  // namespace reeltime::emulator
+
+// Every runtime function called by a kernel begins with this.
+#define KERNEL_SITE() (state.running->site = __builtin_return_address(0))
