@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reeltime import attention, backends, checks, gemm_w8a8, norm, quant, rope_kv, sla
 from reeltime.arch import UnsupportedArchError
@@ -381,3 +382,40 @@ def test_accuracy_sees_what_differs():
     assert checks.accuracy(torch.tensor([torch.nan]), torch.tensor([1.0])).peak == float("inf")
     with pytest.raises(ValueError, match="got: expected the shape"):
         checks.accuracy(want, want[:2])
+
+
+# --- Direct calls -------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_kernel_is_called_directly_only_where_nobody_watches(monkeypatch):
+    """A dispatch mode, a profiler and autograd all see the op; a plain call has no hop."""
+    rows = (backends.Row("norm", "triton", ("cpu",)), backends.Row("norm", "reference"))
+    monkeypatch.setattr(backends, "TABLE", rows)
+    op = backends.OPS["norm"]
+    monkeypatch.setattr(op, "resolved", {})
+    monkeypatch.setitem(op.kernels, "triton", lambda x, *options: torch.full_like(x, 7.0))
+    x = random(1, 2, 4)
+    with torch.no_grad():
+        assert norm.norm(x).unique().tolist() == [7.0]
+        with Seen() as seen:
+            norm.norm(x)
+        assert any("reeltime.norm" in name for name in seen.names)
+        with torch.profiler.profile() as profile:
+            norm.norm(x)
+        assert any("reeltime::norm" in event.key for event in profile.key_averages())
+        assert not backends.unwatched(torch.empty(1, dtype=torch.float32).as_subclass(Sub))
+    assert not backends.unwatched(x)  # with gradients
+
+
+class Sub(Tensor):
+    pass

@@ -152,6 +152,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[fl
 
     def run(name: str, mode: str, limit: float = LIMIT) -> tuple[float, float]:
         op, call = backends.OPS[name.split(" ")[0]], calls()[name]
+        backends.load(op.family, "triton", op.name)  # what it refuses is looked at in every call
         args, result = witnessed(op, call, monkeypatch)
 
         def stub(*_: object) -> Any:
@@ -176,8 +177,8 @@ def test_every_op_is_measured():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", calls())
 def test_call_costs_at_most_twice_a_bare_op(name, mode, measured, monkeypatch):
-    """On a GPU: what only a CPU looks at is left out, as torch.compile leaves it out."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    """On a GPU: the scan of scales, which only a CPU pays for, is left out."""
+    monkeypatch.setattr(checks, "finite_scale", lambda argument, scale: None)
     bare, ours = measured(name, mode)
     assert ours <= LIMIT * bare, f"{ours:.2f} us, bare {bare:.2f} us"
 

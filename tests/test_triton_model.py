@@ -12,10 +12,12 @@ import torch
 
 from reeltime import attention
 from reeltime.checks import accuracy
+from reeltime.model.config import ModelConfig, SparseLinear
 from reeltime.model.layout import layout
-from reeltime.model.miniature import control, weights
+from reeltime.model.miniature import control, train, weights
 from reeltime.model.miniature.avatar import POSE, random_identity, render
 from reeltime.model.stream import Stream
+from reeltime.model.transformer import CausalTransformer
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +46,32 @@ def test_miniature_streams_as_the_reference(sparsity, chunks, picture, device):
     assert want.std() > 0.3
     error = accuracy(got, want)
     assert attention.TOLERANCE["float32"].accepts(error), error
+
+
+def test_training_on_the_kernels_has_the_reference_gradient(device):
+    """A training window through sparse attention: the kernels' own gradient, and the rest's."""
+    config = ModelConfig(
+        "tiny", 32, 2, 32, 1, 4, 4, text_dim=8, freq_dim=32, prediction="x0", chunk=2, window=9,
+        sla=SparseLinear(0.4, "unselected"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = CausalTransformer(config).to(device)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape) * p.shape[-1] ** -0.5)
+    x, times = torch.randn(1, 15, 4, 8, 16, device=device), torch.rand(1, 15, device=device) * 900
+    context = torch.randn(1, 15, 3, 8, device=device)
+    gradients = []
+    for backend in ("reference", "triton"):
+        memory = train.TrainingMemory(config, (4, 8), backend)
+        memory.table = memory.table.to(device)
+        net.zero_grad()
+        out = net(x, times, net.embed_context(context, backend), memory, backend=backend)
+        out.square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in net.named_parameters()})
+    want, got = gradients
+    assert set(got) == set(want)
+    assert want["blocks.0.self_attn.proj_l.weight"].abs().max() > 1e-3
+    for name, value in want.items():
+        error = accuracy(got[name], value)
+        assert error.relative_l1 < 1e-4, (name, error)

@@ -237,7 +237,8 @@ def html(rows: Sequence[Row], title: str) -> str:
     for one in rows:
         kernels = grouped.setdefault(one.family, {})
         kernels.setdefault((one.case, one.kernel), {})[one.arch] = one
-    return environment.get_template("page.html").render(title=title, archs=archs, families=grouped)
+    page = environment.get_template("page.html")
+    return page.render(title=title, archs=archs, families=grouped).lstrip()
 
 
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, object]]:

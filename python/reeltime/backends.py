@@ -4,8 +4,9 @@
 TABLE is the only place that knows what exists.  `Op` gives one contract its three faces:
 
 - the reference, called directly, so that autograd and torch.compile see plain PyTorch;
-- `torch.ops.reeltime.<name>`, opaque, with a fake kernel: what hand-written kernels run behind, and
-  what exported graphs hold.  Its gradient is the kernel's own or the reference's, recomputed;
+- `torch.ops.reeltime.<name>`, opaque, with a fake kernel: what hand-written kernels run behind
+  wherever autograd, a tracer or a profiler looks, and what exported graphs hold.  Its gradient is
+  the kernel's own, or the reference's, recomputed;
 - its kernels by backend, which a family's `triton.py` and `cuda.py` add when first asked for.
 """
 
@@ -98,6 +99,21 @@ def support_matrix() -> list[dict[str, object]]:
                 {"family": family, "backend": backend, "available": bool(found), "why": why}
             )
     return rows
+
+
+def unwatched(x: Tensor) -> bool:
+    """Nobody would see the op: no gradient, tracing, mode, transform, profiler or subclass.
+
+    Then the kernel is called directly: the hop through PyTorch's dispatcher costs the host more
+    than all of our checks.
+    """
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    ) and type(x) in (Tensor, torch.nn.Parameter)
 
 
 @torch.compiler.assume_constant_result
@@ -201,7 +217,7 @@ class Op:
                 self.resolved[backend, device] = (TABLE, chosen, self.unless.get(chosen))
         if chosen == "reference":
             return self.reference(*args)
-        if device.type == "meta":  # the op would run the fake, and no kernel would be recorded
+        if unwatched(args[0]) or device.type == "meta":  # on meta the op would run its fake
             return self.kernels[chosen](*args)
         op = self.overload if torch.is_grad_enabled() else self.forward
         return op(*args, chosen)

@@ -27,7 +27,7 @@ from reeltime.attention import api
 from reeltime.attention.reference import STORED
 from reeltime.attention.triton_encode import encode, sequence_mean
 from reeltime.jit import softmax
-from reeltime.jit.launch import Config, arch_of, config, launch, refuses, unless
+from reeltime.jit.launch import RARE, Config, arch_of, config, launch, refuses, unless
 from reeltime.rope_kv.reference import BLOCK
 
 GROUP = tl.constexpr(16)  # blocks whose q.mu is one product: the narrowest that tensor cores take
@@ -335,10 +335,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def tiles(q: Tensor, L: int, D: int, low: bool, scaled: bool, masked: bool) -> Config:
-    """BLOCK_M, BLOCK_N, num_warps and num_stages: as wide as registers and shared memory allow.
-
-    What a tile spills lies outside its loops over keys: reeltime port tells.
-    """
+    """BLOCK_M, BLOCK_N, num_warps and num_stages: as wide as registers and shared memory allow."""
     arch = arch_of(q.device)
     roomy = arch.shared_limit
     full = q.dtype == torch.float32
@@ -435,7 +432,9 @@ def run(
 
 def unservable(device: torch.device, q: Tensor, *options: object) -> str | None:
     """float64, or a format that the device has no products of."""
-    return refuses(device, q, torch.float8_e4m3fn if "fp8" in options[5:7] else None)
+    low = "fp8" in options[5:7]  # qk, pv
+    fp8 = torch.float8_e4m3fn if low else None
+    return refuses(device, q, fp8) if low or q.dtype in RARE else None
 
 
 @api.ATTENTION.kernel("triton", unless=unservable)
@@ -472,7 +471,7 @@ def attention(
     )
 
 
-@api.SEGMENT_ATTENTION.kernel("triton", unless=unless(0, 3, 4))
+@api.SEGMENT_ATTENTION.kernel("triton", unless=unless(0, 4))
 def segment_attention(
     q: Tensor,
     q_int8: Tensor | None,

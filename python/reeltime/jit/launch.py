@@ -130,6 +130,9 @@ def tuned(gpu: str) -> dict[str, list[dict[str, Config]]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+RARE = frozenset((torch.float64, torch.float8_e4m3fn))  # what some device does not serve
+
+
 def refuses(device: torch.device, *formats: torch.dtype | torch.Tensor | None) -> str | None:
     """Why Triton cannot serve these dtypes on this device, or None: what `unless` is made of."""
     dtypes = {f.dtype if isinstance(f, torch.Tensor) else f for f in formats}
@@ -145,7 +148,13 @@ def unless(*names: int, check: Callable[..., str | None] | None = None) -> Any:
     """A predicate for Op.kernel: refuses on the arguments at these positions, then `check`."""
 
     def predicate(device: torch.device, *arguments: Any) -> str | None:
-        why = refuses(device, *(arguments[i] for i in names))
-        return why if why or check is None else check(*arguments)
+        for index in names:  # every call pays for this loop: a good one for nothing else
+            value = arguments[index]
+            if getattr(value, "dtype", value) in RARE:
+                why = refuses(device, *(arguments[i] for i in names))
+                if why:
+                    return why
+                break
+        return None if check is None else check(*arguments)
 
     return predicate

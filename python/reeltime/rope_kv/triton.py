@@ -14,13 +14,12 @@ bfloat16.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from reeltime.arch import UnsupportedArchError
 from reeltime.jit import lang
 from reeltime.jit.launch import arch_of, config, launch, unless
 from reeltime.quant.reference import LIMIT
@@ -451,14 +450,7 @@ def query_int8(
     return out, low, scale
 
 
-def _as_made(*arguments: Any) -> str | None:
-    """Why a cache cannot be written, or None."""
-    if all(part is None or part.is_contiguous() for part in arguments[8:]):
-        return None
-    return "it writes caches as make_cache lays them out; backend='reference' writes any other"
-
-
-@api.WRITE.kernel("triton", unless=unless(0, 1, 8, 9, check=_as_made))
+@api.WRITE.kernel("triton", unless=unless(0, 9))
 def write(
     k: Tensor,
     v: Tensor,
@@ -478,6 +470,12 @@ def write(
 ) -> None:
     if not k.numel():
         return
+    parts = (cache_k, cache_v, k_scale, k_mean, v_scale, h, z)
+    if not all(part is None or part.is_contiguous() for part in parts):
+        raise UnsupportedArchError(
+            "cache: Triton writes caches as make_cache lays them out, got other strides. "
+            "backend='reference' writes any."
+        )
     B, _, N, H, D = cache_k.shape
     F, table = slots.shape[0], _dense(table)
     inverse = None if norm_weight is None else _inverse(k, eps)

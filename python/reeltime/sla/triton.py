@@ -25,6 +25,8 @@ from reeltime.sla.triton_linear import FLOAT32, linear_into
 from reeltime.sla.triton_mask import choose, compress, dense, pool, width
 from reeltime.sla.triton_summaries import parts_of, project, reach, sums_of
 
+INFINITY = float("inf")  # pv_skip: nothing is skipped
+
 
 @api.BLOCK_MASK.kernel("triton", unless=unless(0, 1))
 def block_mask(
@@ -54,8 +56,6 @@ def _skips(
     device: torch.device, q: Tensor, E: int, pv_skip: float, block_q: int, block_k: int
 ) -> str | None:
     """pv_skip looks at a whole query block and a whole key block at once."""
-    if pv_skip == float("inf"):
-        return None
     rows, keys = width(min(block_q, max(q.shape[-3], 1))), width(block_k)
     room = q.itemsize * (rows * width(q.shape[-1]) + keys * (width(q.shape[-1]) + width(E)))
     if rows > 256 or keys > 128 or room > arch_of(device).shared_limit:
@@ -66,19 +66,29 @@ def _skips(
     return None
 
 
+# Keys and values have the query's dtype: the api has looked.
+_of_query, _of_query_and_values = unless(0), unless(0, 2)
+
+
 def _unless_sparse(device: torch.device, *args: Any) -> str | None:
-    why = unless(0, 1, 2)(device, *args)
-    return why or _skips(device, args[0], args[2].shape[3], args[8], args[5], args[6])
+    why = _of_query(device, *args)
+    if why or args[8] == INFINITY:
+        return why
+    return _skips(device, args[0], args[2].shape[3], args[8], args[5], args[6])
 
 
 def _unless_sla(device: torch.device, *args: Any) -> str | None:
-    why = unless(0, 1, 2, 3, 4)(device, *args)
-    return why or _skips(device, args[0], args[2].shape[3], args[10], args[11], args[12])
+    why = _of_query(device, *args)
+    if why or args[10] == INFINITY:
+        return why
+    return _skips(device, args[0], args[2].shape[3], args[10], args[11], args[12])
 
 
 def _unless_segments(device: torch.device, *args: Any) -> str | None:
-    why = unless(*range(8), 10, 11)(device, *args)
-    return why or _skips(device, args[0], args[0].shape[4], args[16], args[17], BLOCK)
+    why = _of_query_and_values(device, *args)
+    if why or args[16] == INFINITY:
+        return why
+    return _skips(device, args[0], args[0].shape[4], args[16], args[17], BLOCK)
 
 
 @api.SPARSE_ATTENTION.kernel("triton", unless=_unless_sparse)
