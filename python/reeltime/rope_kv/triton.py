@@ -473,8 +473,8 @@ def write(
     parts = (cache_k, cache_v, k_scale, k_mean, v_scale, h, z)
     if not all(part is None or part.is_contiguous() for part in parts):
         raise UnsupportedArchError(
-            "cache: Triton writes caches as make_cache lays them out, got other strides. "
-            "backend='reference' writes any."
+            "cache: expected the strides that make_cache gives, got others. "
+            "backend='reference' writes any other."
         )
     B, _, N, H, D = cache_k.shape
     F, table = slots.shape[0], _dense(table)
