@@ -140,9 +140,9 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def progress(console: Console) -> Progress:
+def progress(console: Console, width: int = 24) -> Progress:
     return Progress(
-        TextColumn("{task.description:>24}"),
+        TextColumn(f"{{task.description:>{width}}}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

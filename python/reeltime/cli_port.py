@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from reeltime.arch import ARCHS, Arch
-from reeltime.cli_check import PIPED_WIDTH
+from reeltime.cli_check import PIPED_WIDTH, progress
 from reeltime.cli_stream import check_out
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ def port(
     for name in family or ():
         checks.choice("family", name, backends.FAMILIES)
     notes = Console(stderr=True)
-    with progress(notes) as bar:
+    with progress(notes, width=40) as bar:
         task = bar.add_task("recording launches", total=None)
 
         def advance(done: int, total: int, what: str) -> None:
@@ -113,18 +112,6 @@ def find_arch(name: str) -> Arch:
     raise ValueError(
         f"arch: expected one of {known}, got {name!r}. A new GPU is one row in reeltime/arch.py: "
         "see docs/porting.md."
-    )
-
-
-def progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>40}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        refresh_per_second=4,
     )
 
 
