@@ -49,7 +49,7 @@ class Inputs:
 
     def refuse(self, error: UnsupportedArchError) -> None:
         """Count what the backend refuses by design: a dtype, say."""
-        self.refused[str(error).split(" in this build: ")[-1].split(". Pass")[0]] += 1
+        self.refused[error.why] += 1
 
     def offered(self, cases: Iterator[Any]) -> Iterator[Any]:
         """`cases`, none of them if the backend refuses what they are set up with."""

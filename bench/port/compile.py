@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,3 @@ def tool(name: str, *arguments: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
-
-
-def as_dict(compiled: Compiled) -> dict[str, Any]:
-    return asdict(compiled)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures as futures
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -128,12 +129,18 @@ def launches(specimen: Specimen, arch: Arch) -> list[Launch]:
     return list({identity(launch): launch for launch in recorded}.values())
 
 
+@functools.cache
+def specimens() -> list[Specimen]:
+    """All of them, made once per process."""
+    return list(all_specimens())
+
+
 Task = tuple[Arch, int, int]  # architecture, specimen, launch: a worker records it again
 
 
 def compile_task(task: Task) -> Compiled:
     arch, specimen, index = task
-    return compile(launches(list(all_specimens())[specimen], arch)[index], arch)
+    return compile(launches(specimens()[specimen], arch)[index], arch)
 
 
 def measure(
@@ -147,17 +154,17 @@ def measure(
     Args:
         progress: called with (done, total, what is being waited for).
     """
-    specimens = list(all_specimens())
+    calls = specimens()
     rows: dict[tuple[int, int, int], Row] = {}
     wanted: dict[tuple[str, str], list[tuple[int, int, int, Launch]]] = {}
     for a, arch in enumerate(archs):
-        for s, specimen in enumerate(specimens):
+        for s, specimen in enumerate(calls):
             if specimen.family not in families:
                 continue
             try:
                 found = launches(specimen, arch)
             except UnsupportedArchError as error:
-                rows[s, 0, a] = absent(specimen, arch, reason(str(error)))
+                rows[s, 0, a] = absent(specimen, arch, error.why)
                 continue
             for i, launch in enumerate(found):
                 wanted.setdefault((arch.name, identity(launch)), []).append((s, i, a, launch))
@@ -170,17 +177,12 @@ def measure(
         try:
             for done, job in enumerate(futures.as_completed(jobs), start=1):
                 for s, i, a, launch in jobs[job]:
-                    rows[s, i, a] = row(specimens[s], launch, archs[a], job.result())
-                progress(done, len(jobs), specimens[jobs[job][0][0]].case)
+                    rows[s, i, a] = row(calls[s], launch, archs[a], job.result())
+                progress(done, len(jobs), calls[jobs[job][0][0]].case)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [rows[key] for key in sorted(rows)]
-
-
-def reason(message: str) -> str:
-    """The part of an UnsupportedArchError that is about the arguments."""
-    return message.split("in this build: ")[-1].split(". Pass")[0]
 
 
 def summary(rows: Sequence[Row]) -> dict[tuple[str, str], str]:

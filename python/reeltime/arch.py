@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 
 class UnsupportedArchError(RuntimeError):
-    """No backend of this build serves the request; the message lists what it can run."""
+    """No backend of this build serves the request; the message lists what it can run.
+
+    `why` is the part that is about the arguments, where they are what is refused.
+    """
+
+    def __init__(self, message: str, why: str | None = None) -> None:
+        super().__init__(message)
+        self.why = why or message
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ def resolve(
     raise arch.UnsupportedArchError(
         f"backend: {backend!r} cannot serve {family} on {device} in this build"
         f"{f': {why}' if why else ''}. Pass {offer or 'another device'}, or backend='auto' to let "
-        "the table choose."
+        "the table choose.",
+        why,
     )
 
 
@@ -151,24 +152,20 @@ class Op:
         self.gradients: dict[str, Callable[..., Any]] = {}
         # (backend, device) -> the table it was resolved by, what it resolved to, its `unless`.
         self.resolved: dict[tuple[str, torch.device], tuple[Any, str, Any]] = {}
-        self.overload = self.forward = self._register(self.name, schema, fake)
+        self.overload = self._register(schema, fake)
         if differentiable:
             torch.library.register_autograd(
                 f"reeltime::{self.name}", self._backward, setup_context=self._save, lib=LIBRARY
             )
-            # The hop through autograd doubles the cost of a call, even where nothing needs a
-            # gradient: without grad mode, calls go to a twin that has no such registration.
-            twin = f"{self.name}_forward"
-            self.forward = self._register(twin, schema.replace(self.name, twin, 1), fake)
         OPS[self.name] = self
 
-    def _register(self, name: str, schema: str, fake: Callable[..., Any]) -> Any:
+    def _register(self, schema: str, fake: Callable[..., Any]) -> Any:
         LIBRARY.define(schema)
-        LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(
-            f"reeltime::{name}", lambda *args: fake(*args[:-1]), lib=LIBRARY
+            f"reeltime::{self.name}", lambda *args: fake(*args[:-1]), lib=LIBRARY
         )
-        return getattr(torch.ops.reeltime, name).default
+        return getattr(torch.ops.reeltime, self.name).default
 
     def kernel(self, backend: str, *, unless: Callable[..., str | None] | None = None) -> Any:
         """Decorate the function that serves this op on `backend`.
@@ -219,8 +216,7 @@ class Op:
             return self.reference(*args)
         if unwatched(args[0]) or device.type == "meta":  # on meta the op would run its fake
             return self.kernels[chosen](*args)
-        op = self.overload if torch.is_grad_enabled() else self.forward
-        return op(*args, chosen)
+        return self.overload(*args, chosen)
 
     def _run(self, *args: Any) -> Any:
         backend = args[-1]

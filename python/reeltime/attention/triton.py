@@ -27,7 +27,18 @@ from reeltime.attention import api
 from reeltime.attention.reference import STORED
 from reeltime.attention.triton_encode import encode, sequence_mean
 from reeltime.jit import softmax
-from reeltime.jit.launch import RARE, Config, arch_of, config, launch, refuses, unless
+from reeltime.jit.launch import (
+    NAMES,
+    RARE,
+    Config,
+    arch_of,
+    config,
+    dense,
+    launch,
+    refuses,
+    unless,
+    width,
+)
 from reeltime.rope_kv.reference import BLOCK
 
 GROUP = tl.constexpr(16)  # blocks whose q.mu is one product: the narrowest that tensor cores take
@@ -312,26 +323,6 @@ def _correction(
         else:
             x = tl.dot(q.to(tl.float32), tl.trans(mean.to(tl.float32)), x, input_precision="tf32")
     return x
-
-
-NAMES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.int8: tl.int8,
-    torch.float8_e4m3fn: tl.float8e4nv,
-}
-
-
-def width(dim: int, *stored: Tensor | None) -> int:
-    """The power of two that a tile pads D to; 8-bit products take no fewer than 32."""
-    low = any(x is not None and x.element_size() == 1 for x in stored)
-    return max(triton.next_power_of_2(dim), 32 if low else 16)
-
-
-def dense(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous: a copy of tensors that are not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def tiles(q: Tensor, L: int, D: int, low: bool, scaled: bool, masked: bool) -> Config:

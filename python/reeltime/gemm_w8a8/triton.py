@@ -50,7 +50,7 @@ def _block_product(a, b, PRESET: tl.constexpr):
     FP8: one K block is all that the tensor cores' short accumulators ever hold.
     """
     if a.dtype == tl.int8 and PRESET:
-        start = tl.full((a.shape[0], b.shape[0]), 0x4B400000, tl.int32)
+        start = tl.full((a.shape[0], b.shape[0]), lang.ROUNDER_BITS, tl.int32)
         bits = tl.dot(a, tl.trans(b), start, out_dtype=tl.int32)
         product = bits.to(tl.float32, bitcast=True) - lang.ROUNDER
     else:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 # 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 to the nearest even integer.
-ROUNDER = tl.constexpr(12582912.0)
+ROUNDER, ROUNDER_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 SMALL, LIFT = tl.constexpr(2.0**-60), tl.constexpr(2.0**80)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from reeltime import arch
 
@@ -144,7 +145,9 @@ def refuses(device: torch.device, *formats: torch.dtype | torch.Tensor | None) -
     return None
 
 
-def unless(*names: int, check: Callable[..., str | None] | None = None) -> Any:
+def unless(
+    *names: int, check: Callable[..., str | None] | None = None
+) -> Callable[..., str | None]:
     """A predicate for Op.kernel: refuses on the arguments at these positions, then `check`."""
 
     def predicate(device: torch.device, *arguments: Any) -> str | None:
@@ -158,3 +161,24 @@ def unless(*names: int, check: Callable[..., str | None] | None = None) -> Any:
         return None if check is None else check(*arguments)
 
     return predicate
+
+
+# What a kernel calls a dtype.
+NAMES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+
+
+def width(dim: int, *stored: torch.Tensor | None) -> int:
+    """The power of two that a tile pads D to; 8-bit products take no fewer than 32."""
+    low = any(x is not None and x.element_size() == 1 for x in stored)
+    return max(triton.next_power_of_2(dim), 32 if low else 16)
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x with its last dimension contiguous: a copy of tensors that are not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

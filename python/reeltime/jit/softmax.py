@@ -18,23 +18,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from reeltime.jit import lang
+
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-# float32 12,582,912 = 1.5 * 2^23: added to an integer |x| < 2^22, its bits are the sum's.
-MAGIC, MAGIC_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 
 
 @triton.jit
 def int8_products(q, k):
     """INT8 q [M, D] times k [D, N], exact, in float32.
 
-    The accumulator starts at MAGIC_BITS, so that what it ends with is a float: int to float runs
-    on the pipe of exp2, which attention has none of to spare.  127^2 D < 2^22 up to D = 256.
+    The accumulator starts at the bits of 1.5 * 2^23, so that what it ends with is a float: int to
+    float runs on the pipe of exp2, which attention has none of to spare.  127^2 D < 2^22 up to
+    D = 256.
     """
     if q.shape[1] > 256:
         x = tl.dot(q, k, out_dtype=tl.int32).to(tl.float32)
     else:
-        start = tl.full((q.shape[0], k.shape[1]), MAGIC_BITS, tl.int32)
-        x = tl.dot(q, k, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - MAGIC
+        start = tl.full((q.shape[0], k.shape[1]), lang.ROUNDER_BITS, tl.int32)
+        x = tl.dot(q, k, start, out_dtype=tl.int32).to(tl.float32, bitcast=True) - lang.ROUNDER
     return x
 
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reeltime.jit.launch import arch_of, unless
+from reeltime.jit.launch import arch_of, dense, unless, width
 from reeltime.rope_kv.reference import BLOCK
 from reeltime.sla import api
 from reeltime.sla import triton_backward as triton_backward  # adds the gradients
 from reeltime.sla.triton_attend import attend, by_head, lists_of
 from reeltime.sla.triton_linear import FLOAT32, linear_into
-from reeltime.sla.triton_mask import choose, compress, dense, pool, width
+from reeltime.sla.triton_mask import choose, compress, pool
 from reeltime.sla.triton_summaries import parts_of, project, reach, sums_of
 
 INFINITY = float("inf")  # pv_skip: nothing is skipped

@@ -17,13 +17,12 @@ Source: SLA (arXiv 2509.24006); SpargeAttention (arXiv 2502.18137).
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from reeltime.jit import softmax
-from reeltime.jit.launch import Config, arch_of, config, launch
+from reeltime.jit.launch import NAMES, Config, arch_of, config, launch, width
 from reeltime.sla.triton_linear import (
     FLOAT32,
     linear_rows,
@@ -31,7 +30,7 @@ from reeltime.sla.triton_linear import (
     linear_strides,
     query_tile,
 )
-from reeltime.sla.triton_mask import Choice, tile, width
+from reeltime.sla.triton_mask import Choice, tile
 
 GROUP = tl.constexpr(16)  # blocks whose q.mu is one product: the narrowest that tensor cores take
 
@@ -273,13 +272,6 @@ def tiles(q: Tensor, E: int, block_q: int, block_k: int, whole: bool, low: bool)
     if whole:
         return default
     return config("sla_attend", q.device, default, D=D, block_q=block_q, block_k=block_k)
-
-
-NAMES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 def value_dtypes(q: Tensor, v: Tensor, scaled: bool) -> tuple[tl.dtype, tl.dtype]:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reeltime.jit import softmax
-from reeltime.jit.launch import Config, config, launch
+from reeltime.jit.launch import Config, config, dense, launch, width
 from reeltime.sla import api
 from reeltime.sla.triton_attend import attend, by_head, lists_of
 from reeltime.sla.triton_linear import (
@@ -33,7 +33,7 @@ from reeltime.sla.triton_linear import (
     per_key_block,
     query_tile,
 )
-from reeltime.sla.triton_mask import LOG2_E, dense, expand, tile, width
+from reeltime.sla.triton_mask import LOG2_E, expand, tile
 from reeltime.sla.triton_summaries import COVERED, COVERED_LISTS, parts_of, project, sums_of
 
 

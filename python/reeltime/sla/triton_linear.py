@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reeltime.jit.launch import launch
-from reeltime.sla.triton_mask import tile, width
+from reeltime.jit.launch import launch, width
+from reeltime.sla.triton_mask import tile
 from reeltime.sla.triton_summaries import (
     phi_gradient,
     phi_rows,

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reeltime.jit import lang, softmax
-from reeltime.jit.launch import launch
+from reeltime.jit.launch import launch, width
 
 LOWEST = tl.constexpr(-(2**31))  # the order of a column that is not there
 SELECTED, MARGINAL, NEGLIGIBLE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
@@ -336,16 +336,6 @@ def _expand_kernel(
 
 
 # --- Launchers ----------------------------------------------------------------------------------
-
-
-def width(D: int) -> int:
-    """The tile that holds a dimension of D: a power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(D))
-
-
-def dense(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous: the layout of every caller in a step, so no copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def pool(

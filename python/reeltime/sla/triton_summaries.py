@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reeltime.jit.launch import launch
+from reeltime.jit.launch import launch, width
 from reeltime.sla.triton_mask import (
     LOG2_E,
     Choice,
@@ -31,7 +31,6 @@ from reeltime.sla.triton_mask import (
     pool,
     tile,
     unit_rows,
-    width,
 )
 
 
