@@ -252,22 +252,7 @@ test = runpy.run_path({__file__!r})
 test["KERNELS"][{kernel!r}](emulate.build(test["SOURCES"], "sanitize"), {mistake})
 print("exact")
 """
-    names = ("libasan.so", "libubsan.so")
-    found = [
-        subprocess.run([emulate.compiler()[0], f"-print-file-name={name}"], capture_output=True)
-        for name in names
-    ]
-    if not all(Path(done.stdout.decode().strip()).is_absolute() for done in found):
-        pytest.skip("needs the compiler's libasan.so and libubsan.so")
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(done.stdout.decode().strip() for done in found),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "UBSAN_OPTIONS": "print_stacktrace=0",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
-    )
+    return emulate.run_sanitized(script) or pytest.skip("needs libasan.so and libubsan.so")
 
 
 # --- Conversions --------------------------------------------------------------------------------

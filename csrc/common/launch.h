@@ -3,6 +3,9 @@
 // call runs it on the CPU.
 #pragma once
 #include "common/target.h"
+#if !REELTIME_EMULATED
+#include "common/record.h"
+#endif
 
 namespace reeltime {
 
@@ -34,6 +37,11 @@ inline cudaError_t launch(void (*kernel)(Parameters...), const Launch& with, cud
       },
       &call, sizeof call);
 #else
+  if (recorded_launches) {
+    record({reinterpret_cast<const void*>(kernel), with.grid.x, with.grid.y, with.grid.z,
+            with.threads, with.cluster, with.shared_bytes});
+    return cudaSuccess;
+  }
   if (with.shared_bytes > 48 * 1024) {  // more than every GPU has needs asking for
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(with.shared_bytes));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two compilers of a kernel file: nvcc for a GPU, g++ or clang++ for the emulator.
+// The two compilers of a kernel file: nvcc for a GPU, g++ or clang++ for the emulator.  A third
+// reads only the parameters of a family: the host compiler of binding.cpp.
 //
 // Each wrapper in this folder is one function with two bodies: the PTX instruction, and a call of
 // its model in csrc/emulator.  Kernels include these headers and nothing else, and have no #if.
@@ -14,6 +15,14 @@
 #define REELTIME_EMULATED 0
 #define DEVICE __device__ __forceinline__
 #define HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(REELTIME_BINDING)
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#define REELTIME_EMULATED 0
+#define HOST_DEVICE inline
+#define DEVICE inline
 #else
 #include "emulator/device.h"
 #endif
@@ -24,7 +33,9 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+#if !defined(REELTIME_BINDING)
 DEVICE unsigned lane_index() { return threadIdx.x % 32; }  // blocks are one-dimensional
 DEVICE unsigned warp_index() { return threadIdx.x / 32; }
+#endif
 
 }  // namespace reeltime

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reeltime import _C
+
 FAMILIES = ("quant", "norm", "rope_kv", "gemm_w8a8", "attention", "sla")
 BACKENDS = ("auto", "reference", "triton", "cuda")
 
@@ -43,12 +45,19 @@ def _triton(*device_types: str) -> tuple[Row, ...]:
     return tuple(Row(family, "triton", device_types) for family in FAMILIES if installed)
 
 
+def _cuda(*device_types: str) -> tuple[Row, ...]:
+    """Of the families that this build has compiled kernels for."""
+    return tuple(Row(family, "cuda", device_types) for family in _C.cuda_families)
+
+
 # The order is the order of preference: "auto" takes the first row that serves the call.  On CPUs
 # Triton interprets, which is for tests: TRITON_INTERPRET=1 allows it and "auto" never asks for it.
 # On meta tensors a kernel gives shapes, and reeltime port records what it would launch.
 TABLE: tuple[Row, ...] = (
+    *_cuda("cuda"),
     *_triton("cuda"),
     *(Row(family, "reference") for family in FAMILIES),
+    *_cuda("meta"),
     *_triton("meta", *["cpu"] * (os.environ.get("TRITON_INTERPRET") == "1")),
 )
 

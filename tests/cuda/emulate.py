@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import defaultdict
@@ -145,6 +146,28 @@ def build(
     if flavour == "sanitize":
         link.append("-fsanitize=address,undefined")
     return Library(cached(f"{sources[0].stem}-{flavour}.so", names, link), flavour)
+
+
+def run_sanitized(script: str) -> subprocess.CompletedProcess[str] | None:
+    """`script` in a process of its own, for AddressSanitizer must be loaded before anything else;
+    None where the compiler has no sanitizers.  The script must not import torch."""
+    names = ("libasan.so", "libubsan.so")
+    command = [compiler()[0], "-print-file-name="]
+    found = [
+        subprocess.run([command[0], command[1] + name], capture_output=True, text=True).stdout
+        for name in names
+    ]
+    if not all(Path(path.strip()).is_absolute() for path in found):
+        return None
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(path.strip() for path in found),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=0",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
 
 
 # --- Running ------------------------------------------------------------------------------------
