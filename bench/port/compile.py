@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels compiled ahead of time, with no GPU and no driver, and what their SASS says."""
+"""What SASS says of a kernel, with no GPU and no driver: of Triton kernels, compiled here ahead of
+time, and of the CUDA kernels in the extension, as they were built."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -21,6 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from reeltime import _C
 from reeltime.arch import Arch
 from reeltime.jit.launch import Launch
 
@@ -108,16 +111,18 @@ def compile(launch: Launch, arch: Arch) -> Compiled:
     seconds = time.perf_counter() - start
     products = re.findall(r"tt\.dot.*?tensor<[0-9x]+x(\w+)>", kernel.asm["ttir"])
     operands = tuple(sorted({OPERANDS[p] for p in products if p in OPERANDS}))
+    (found,) = inspect(kernel.asm["cubin"]).values()
     return Compiled(
-        **inspect(kernel.asm["cubin"]),
+        **found,
         shared_bytes=kernel.metadata.shared,
         operands=operands,
         compile_s=seconds,
     )
 
 
-def inspect(cubin: bytes) -> dict[str, Any]:
-    """Registers, spills and matrix instructions of a cubin; remembered by its contents."""
+def inspect(cubin: bytes) -> dict[str, dict[str, Any]]:
+    """Registers, spills and matrix instructions of each kernel of a cubin, by symbol; remembered by
+    the cubin's contents."""
     kept = remembered(hashlib.sha256(cubin).hexdigest())
     if kept.exists():
         return json.loads(kept.read_text())
@@ -126,6 +131,25 @@ def inspect(cubin: bytes) -> dict[str, Any]:
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
         sass = tool("nvdisasm", "-c", file.name)
+    found = {
+        symbol: read(resources, sections(sass)[symbol])
+        for symbol, resources in re.findall(r"Function (\S+):\s+(REG:.*)", usage)
+    }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as whole:
+        whole.write(json.dumps(found).encode())
+    os.replace(whole.name, kept)  # at once: another process may look for it
+    return found
+
+
+def sections(sass: str) -> dict[str, str]:
+    """The SASS of each kernel of a cubin."""
+    parts = re.split(r"^\.text\.(\S+):$", sass, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def read(usage: str, sass: str) -> dict[str, Any]:
+    """What one kernel's resource line and its SASS say."""
     resources = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     names, loops = program(sass)
     counted: dict[str, int] = {}
@@ -134,18 +158,35 @@ def inspect(cubin: bytes) -> dict[str, Any]:
             counted[name] = counted.get(name, 0) + 1
     spills = [index for index, name in enumerate(names) if name.startswith(("STL", "LDL"))]
     hot = [index for index in spills if any(start <= index <= end for start, end in loops)]
-    found = {
+    return {
         "registers": resources.get("REG", 0),
         "spill_bytes": max(resources.get("STACK", 0), resources.get("LOCAL", 0)) if spills else 0,
         "hot_spills": len(hot) if loops else len(spills),
         "hot_instructions": sum(end - start + 1 for start, end in loops) or len(names),
         "instructions": counted,
     }
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as whole:
-        whole.write(json.dumps(found).encode())
-    os.replace(whole.name, kept)  # at once: another process may look for it
+
+
+@functools.cache
+def extension(target: str) -> dict[str, dict[str, Any]]:
+    """Every CUDA kernel that reeltime._C holds for an nvcc target such as 90a, by symbol."""
+    found: dict[str, dict[str, Any]] = {}
+    listed = re.findall(r"ELF file\s+\d+: (\S+)", tool("cuobjdump", "--list-elf", _C.__file__))
+    with tempfile.TemporaryDirectory() as folder:
+        for name in {name for name in listed if name.endswith(f".sm_{target}.cubin")}:
+            tool("cuobjdump", "--extract-elf", name, _C.__file__, cwd=folder)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            found.update(inspect(cubin.read_bytes()))
     return found
+
+
+def built(symbol: str, shared_bytes: int, operands: tuple[str, ...], arch: Arch) -> Compiled:
+    """One kernel of the extension, as a launch recorded it."""
+    kernel = extension(arch.target).get(symbol)
+    if kernel is None:
+        return Compiled(error=f"the extension has no code of {symbol or 'it'} for {arch.target}")
+    used = operands if kernel["instructions"] else ()
+    return Compiled(**kernel, shared_bytes=shared_bytes, operands=used)
 
 
 INSTRUCTION = re.compile(r"\s+(?:/\*\w+\*/)?\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)(.*)")
@@ -181,14 +222,14 @@ def program(sass: str) -> tuple[list[str], list[tuple[int, int]]]:
 
 def remembered(digest: str) -> Path:
     """Where what was read of a cubin is kept, beside Triton's own cache of it."""
-    return Path(triton.knobs.cache.dir) / "reeltime-port-3" / f"{digest}.json"
+    return Path(triton.knobs.cache.dir) / "reeltime-port-4" / f"{digest}.json"
 
 
-def tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str, cwd: str | None = None) -> str:
     """Run one of the binary tools that Triton's wheel brings."""
     environment = os.environ | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        [str(TOOLS / name), *arguments], capture_output=True, text=True, env=environment
+        [str(TOOLS / name), *arguments], capture_output=True, text=True, env=environment, cwd=cwd
     )
     if done.returncode:
         raise RuntimeError(f"{name} failed: {done.stderr.strip() or done.stdout.strip()}")

@@ -7,14 +7,16 @@ import concurrent.futures as futures
 import functools
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jinja2
 
+from reeltime import _C, native
 from reeltime.arch import REGISTERS, Arch, UnsupportedArchError
-from reeltime.bench.port.compile import Compiled, compile, identity
+from reeltime.bench.port.compile import Compiled, built, compile, identity
 from reeltime.bench.port.specimens import Specimen, all_specimens
 from reeltime.jit.launch import Launch, recording
 
@@ -81,8 +83,11 @@ def judge(compiled: Compiled, arch: Arch) -> tuple[str, str]:
     return OK, spilled
 
 
-def row(specimen: Specimen, launch: Launch, arch: Arch, compiled: Compiled) -> Row:
-    warps = launch.options["num_warps"]
+def row(specimen: Specimen, launch: Launch | native.Launch, arch: Arch, compiled: Compiled) -> Row:
+    if isinstance(launch, Launch):
+        backend, warps = "triton", launch.options["num_warps"]
+    else:
+        backend, warps = "cuda", launch.threads // 32
     blocks = blocks_per_sm(arch, warps, compiled.registers, compiled.shared_bytes)
     counted: dict[str, int] = {}
     for name, count in compiled.instructions.items():
@@ -94,7 +99,7 @@ def row(specimen: Specimen, launch: Launch, arch: Arch, compiled: Compiled) -> R
         family=specimen.family,
         case=specimen.case,
         kernel=kernel_name(launch),
-        backend="triton",
+        backend=backend,
         warps=warps,
         registers=compiled.registers,
         spill_bytes=compiled.spill_bytes,
@@ -110,23 +115,47 @@ def row(specimen: Specimen, launch: Launch, arch: Arch, compiled: Compiled) -> R
     )
 
 
-def absent(specimen: Specimen, arch: Arch, why: str) -> Row:
+def absent(specimen: Specimen, backend: str, arch: Arch, why: str) -> Row:
     """A call that this architecture is not offered, and the reason that its user is told."""
     return Row(
-        arch.name, specimen.family, specimen.case, "", "triton", 0, 0, 0, 0, 0,
+        arch.name, specimen.family, specimen.case, "", backend, 0, 0, 0, 0, 0,
         arch.shared_limit, 0, 0.0, "", 0.0, ABSENT, why,
     )  # fmt: skip
 
 
-def kernel_name(launch: Launch) -> str:
-    return launch.kernel.__name__.strip("_").removesuffix("_kernel")
+def kernel_name(launch: Launch | native.Launch) -> str:
+    """Of a mangled symbol, lengths and names in turn, the last name."""
+    if isinstance(launch, Launch):
+        return launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    parts, rest = [""], launch.kernel.removeprefix("_ZN")
+    while number := re.match(r"\d+", rest):
+        end = number.end() + int(number[0])
+        parts.append(rest[number.end() : end])
+        rest = rest[end:]
+    return parts[-1].removesuffix("_kernel")
 
 
 def launches(specimen: Specimen, arch: Arch) -> list[Launch]:
     """What the call would launch; a kernel that it launches twice alike counts once."""
     with recording(arch) as recorded:
-        specimen.call()
+        specimen.call("triton")
     return list({identity(launch): launch for launch in recorded}.values())
+
+
+def extension_rows(specimen: Specimen, arch: Arch) -> list[Row]:
+    """The same of the CUDA kernels that the extension was built with."""
+    if arch.target not in _C.archs:
+        why = f"this build has CUDA kernels for {', '.join(_C.archs)}"
+        return [absent(specimen, "cuda", arch, why)]
+    try:
+        with native.recording(arch) as recorded:
+            specimen.call("cuda")
+    except UnsupportedArchError as error:
+        return [absent(specimen, "cuda", arch, error.why)]
+    return [
+        row(specimen, one, arch, built(one.kernel, one.shared_bytes, specimen.products, arch))
+        for one in dict.fromkeys(recorded)
+    ]
 
 
 @functools.cache
@@ -134,6 +163,8 @@ def specimens() -> list[Specimen]:
     """All of them, made once per process."""
     return list(all_specimens())
 
+
+CUDA_FIRST = 100  # before Triton's kernels of the same call
 
 Task = tuple[Arch, int, int]  # architecture, specimen, launch: a worker records it again
 
@@ -161,10 +192,13 @@ def measure(
         for s, specimen in enumerate(calls):
             if specimen.family not in families:
                 continue
+            if specimen.family in _C.cuda_families and "cuda" in specimen.backends:
+                for i, one in enumerate(extension_rows(specimen, arch)):
+                    rows[s, i - CUDA_FIRST, a] = one
             try:
                 found = launches(specimen, arch)
             except UnsupportedArchError as error:
-                rows[s, 0, a] = absent(specimen, arch, error.why)
+                rows[s, 0, a] = absent(specimen, "triton", arch, error.why)
                 continue
             for i, launch in enumerate(found):
                 wanted.setdefault((arch.name, identity(launch)), []).append((s, i, a, launch))
@@ -186,10 +220,10 @@ def measure(
 
 
 def summary(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
-    """(family, arch) -> "12 ok", or what is wrong: "10 ok, 2 spills"."""
+    """(family and backend, arch) -> "12 ok", or what is wrong: "10 ok, 2 spills"."""
     cells: dict[tuple[str, str], dict[str, int]] = {}
     for one in rows:
-        cell = cells.setdefault((one.family, one.arch), {})
+        cell = cells.setdefault((f"{one.family} ({one.backend})", one.arch), {})
         cell[one.verdict] = cell.get(one.verdict, 0) + 1
     order = (OK, *BAD, ABSENT)
     return {
@@ -204,16 +238,18 @@ MARKERS = ("<!-- port:begin -->", "<!-- port:end -->")
 def markdown(rows: Sequence[Row]) -> str:
     """Families by architecture, then every kernel whose verdict is not ok, with its reason."""
     archs = list(dict.fromkeys(one.arch for one in rows))
-    families = list(dict.fromkeys(one.family for one in rows))
     cells = summary(rows)
+    families = list(dict.fromkeys(family for family, _ in cells))
     lines = ["| family | " + " | ".join(archs) + " |", "|---|" + "---|" * len(archs)]
     for family in families:
-        lines.append(f"| {family} | " + " | ".join(cells[family, arch] for arch in archs) + " |")
+        lines.append(
+            f"| {family} | " + " | ".join(cells.get((family, arch), "-") for arch in archs) + " |"
+        )
     troubled = [one for one in rows if one.verdict in BAD]
     if troubled:
         lines += ["", "| arch | case | kernel | verdict | why |", "|---|---|---|---|---|"]
         lines += [
-            f"| {one.arch} | {one.case} | {one.kernel} | {one.verdict} | {one.why} |"
+            f"| {one.arch} | {one.case} | {one.backend}: {one.kernel} | {one.verdict} | {one.why} |"
             for one in troubled
         ]
     return "\n".join(lines)
@@ -238,7 +274,7 @@ def html(rows: Sequence[Row], title: str) -> str:
     grouped: dict[str, dict[tuple[str, str], dict[str, Row]]] = {}
     for one in rows:
         kernels = grouped.setdefault(one.family, {})
-        kernels.setdefault((one.case, one.kernel), {})[one.arch] = one
+        kernels.setdefault((one.case, f"{one.backend}: {one.kernel}"), {})[one.arch] = one
     page = environment.get_template("page.html")
     return page.render(title=title, archs=archs, families=grouped).lstrip()
 

@@ -7,7 +7,6 @@ which tiles on which architecture, is what a GPU would run.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +30,21 @@ FRAME = GRID[0] * GRID[1]
 class Specimen:
     family: str
     case: str  # the op, its formats, its shape where several are compiled
-    call: Callable[[], object]
+    call: Callable[..., object]  # takes the backend
+    backends: tuple[str, ...] = ("triton", "cuda")
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """Dtypes that tensor cores multiply, of the families where every kernel's case says so."""
+        if self.family != "gemm_w8a8":
+            return ()
+        return (self.case.split(" ")[0],)
 
 
 def specimen(case: str, function: Callable[..., Any], *args: Any, **options: Any) -> Specimen:
-    """`function` of a family's public API on the Triton backend."""
+    """`function` of a family's public API."""
     family = function.__module__.split(".")[1]
-    return Specimen(family, case, functools.partial(function, *args, backend="triton", **options))
+    return Specimen(family, case, lambda backend: function(*args, backend=backend, **options))
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -181,7 +188,7 @@ def of_sla(config: ModelConfig) -> Iterator[Specimen]:
         held = cache(config, values)
         yield specimen(f"segments, {name}", sla.segment_sla, turned, held, *where, **proj)
     weights = proj["proj_weight"], proj["proj_bias"]
-    yield Specimen("sla", "sla backward, bf16", functools.partial(backward, q, k, *weights))
+    yield Specimen("sla", "sla backward, bf16", lambda _: backward(q, k, *weights), ("triton",))
 
 
 def backward(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor) -> object:

@@ -148,7 +148,7 @@ def draw(console: Console, rows: Sequence[Row]) -> None:
         kernels: dict[str, list[Row]] = {}
         for row in rows:
             if row.family == family and row.kernel:
-                kernels.setdefault(f"{row.case}: {row.kernel}", []).append(row)
+                kernels.setdefault(f"{row.case}: {row.backend} {row.kernel}", []).append(row)
         for title, mine in kernels.items():
             console.print(Text(title, style="bold"), soft_wrap=True)
             table = grid(header=False)
@@ -158,8 +158,8 @@ def draw(console: Console, rows: Sequence[Row]) -> None:
     cell = report.summary(rows)
     archs = list(dict.fromkeys(row.arch for row in rows))
     table = Table("family", *archs, title="Kernels by verdict", title_justify="left")
-    for family in dict.fromkeys(row.family for row in rows):
-        table.add_row(family, *(Text(cell[family, arch]) for arch in archs))
+    for family in dict.fromkeys(family for family, _ in cell):
+        table.add_row(family, *(Text(cell.get((family, arch), "-")) for arch in archs))
     console.print(table)
     for why in dict.fromkeys(f"{row.arch}: {row.why}" for row in rows if not row.kernel):
         console.print(Text(f"not offered on {why}", style="dim"), soft_wrap=True)
