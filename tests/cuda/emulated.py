@@ -23,6 +23,7 @@ class Emulator:
     def __init__(self, families: tuple[str, ...], sm: int, how: dict[str, Any]) -> None:
         self.owner = {entry: f for f in families for entry in parameters.entries(f)}
         self.sm, self.how = f"sm{sm}", how
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not how else "cpu")
         self.launches: list[str] = []
 
     def __call__(self, entry: str, given: dict[str, Any]) -> None:
@@ -40,9 +41,10 @@ def emulated(*families: str, sm: int = 80, **how: Any) -> Iterator[Emulator]:
     `how`: flavour, schedule, landing, seed of the emulator; replace, which plants a mistake.
     """
     before = backends.TABLE, native.emulator
-    rows = tuple(backends.Row(family, "cuda", ("cpu",)) for family in families)
     runner = Emulator(families, sm, how)
-    backends.TABLE, native.emulator = (*before[0], *rows), runner
+    if runner.device.type == "cpu":
+        rows = tuple(backends.Row(family, "cuda", ("cpu",)) for family in families)
+        backends.TABLE, native.emulator = (*before[0], *rows), runner
     try:
         with torch.no_grad():
             yield runner
