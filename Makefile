@@ -11,14 +11,17 @@ MINIATURE := model/miniature
 # Small tensors gain nothing from more than four threads, and many cores then only wait.
 THREADS := $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 4 ] && echo 4 || echo $$n)
 
-.PHONY: help setup demo test lint bench bench-miniature train-miniature voice clean
+.PHONY: help setup demo test lint bench bench-kernels bench-miniature gpu-check train-miniature voice \
+	clean
 
 help:
 	@echo "make demo             a ten-second stream from bundled examples: out/demo.mp4"
 	@echo "make test             all tests (ARGS='-k layering' or ARGS=--slow are passed on)"
 	@echo "make lint             ruff, mypy, clang-format"
 	@echo "make bench            every benchmark"
+	@echo "make bench-kernels    every kernel beside its floor and its peers"
 	@echo "make bench-miniature  the miniature's quality table and picture"
+	@echo "make gpu-check        on a GPU: build, tests, sanitizer, benchmarks into OUT=folder"
 	@echo "make train-miniature  train the bundled weights again"
 	@echo "make voice            speak the bundled voice again (needs espeak-ng)"
 	@echo "make clean            remove .venv, build and out"
@@ -50,10 +53,18 @@ lint: $(STAMP)
 	find csrc tests/cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(BIN)/clang-format --dry-run --Werror
 
-bench: bench-miniature
+bench: bench-kernels bench-miniature
+
+bench-kernels: $(STAMP)
+	$(BIN)/reeltime bench $(ARGS)
 
 bench-miniature: $(STAMP)
 	$(BIN)/python -m reeltime.bench.bench_miniature --update-readme
+
+# Takes the Python that has torch for the GPU, with what is installed beside it; no .venv, no network.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py --out $(or $(OUT),out/gpu-check) \
+	  $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 train-miniature: $(STAMP)
 	$(BIN)/python -m reeltime.model.miniature.train

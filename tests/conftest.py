@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 
@@ -69,10 +70,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
+# Test files that cannot be imported without a package which a machine with a GPU may lack.
+NEEDS = {
+    "av": ("test_director.py", "test_media.py", "test_stream_cli.py"),
+    "diffusers": ("test_checkpoint.py", "test_oracle.py", "test_wan_vae.py"),
+}
+MISSING = [package for package in NEEDS if importlib.util.find_spec(package) is None]
+collect_ignore = [file for package in MISSING for file in NEEDS[package]]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"without {p}, not collected: {', '.join(NEEDS[p])}" for p in MISSING]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     no_slow = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if "slow" in item.keywords and not config.getoption("--slow"):

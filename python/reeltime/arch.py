@@ -9,6 +9,7 @@ belong to bench.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -100,3 +101,9 @@ def lookup(capability: tuple[int, int]) -> Arch:
         f"no entry for compute capability {capability[0]}.{capability[1]}; reeltime knows {known}. "
         "A new GPU is one row in reeltime/arch.py (see CONTRIBUTING.md)"
     )
+
+
+def slug(name: str) -> str:
+    """A card's name in lower case, words joined by hyphens, the vendor left out: NVIDIA H200 ->
+    h200, the spelling of tuned/<gpu>.json and results/<gpu>.csv."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"nvidia|geforce", "", name.lower())).strip("-")

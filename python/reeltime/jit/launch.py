@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 
 from reeltime import arch
+from reeltime.arch import slug
 
 # Decided when a kernel is decorated, so it cannot change afterwards.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -115,13 +115,8 @@ def config(kernel: str, device: torch.device, default: Config, **shape: int) -> 
 
 @functools.cache
 def gpu_name(index: int) -> str:
-    """NVIDIA H200 -> h200: the spelling of tuned/<gpu>.json and results/<gpu>.csv."""
+    """The card of that index, as files are named after it."""
     return slug(torch.cuda.get_device_name(index))
-
-
-def slug(name: str) -> str:
-    """A card's name in lower case, words joined by hyphens, the vendor left out."""
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"nvidia|geforce", "", name.lower())).strip("-")
 
 
 @functools.cache

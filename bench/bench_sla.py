@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sla: mask, both branches, and all of it fused; beside dense attention, which it stands in for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reeltime import attention, sla
+from reeltime.bench import cached, harness, peers
+from reeltime.bench.bench_attention import shape_of
+from reeltime.bench.case import Case, Draw, Expected, Inputs, Judged
+from reeltime.bench.shapes import Sizes
+from reeltime.checks import Tolerance
+from reeltime.rope_kv.reference import block_mean, per_token
+from reeltime.sla import BLOCK_K, BLOCK_Q
+from reeltime.sla.reference import expand
+
+EXPECTED = {
+    "block_mask": Expected(0.30, 0.30, "a ranking in each row: latency, not bytes", launches=3),
+    "sparse_attention": Expected(0.50, 0.55, "as dense attention, with gaps between key blocks"),
+    "linear_attention": Expected(0.60, 0.60, "sums of all blocks, then a product", launches=2),
+    "sla": Expected(0.35, 0.40, "pooling and summaries read keys and values twice", launches=6),
+    "segment_sla": Expected(0.45, 0.45, "pooling, mask, sums and both branches", launches=5),
+}
+TOLERANCE = sla.TOLERANCE
+SHARES = {"tiny": (0.5,), "dit": (0.05, 0.1)}
+EXACT = Tolerance(0.0, 0.0)
+TIE = 1e-4  # of the RMS of the scores: two blocks closer than that may be ranked either way
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    shares = SHARES[sizes.name]
+    yield block_mask(sizes, shares[0])
+    yield sparse_attention(sizes, shares[0])
+    yield linear_attention(sizes)
+    for share in shares:
+        yield plain(sizes, share)
+        for values in (None, "fp16", "fp8") if share == shares[-1] else ("fp8",):
+            yield segments(sizes, share, values)
+
+
+def counts(sizes: Sizes) -> tuple[int, int]:
+    """Query blocks and key blocks of plain tensors."""
+    _, S_q, S_kv, _, _ = shape_of(sizes)
+    return -(-S_q // BLOCK_Q), -(-S_kv // BLOCK_K)
+
+
+def selected(share: float, blocks: int) -> int:
+    return max(1, int(share * blocks))
+
+
+def case(sizes: Sizes, op: str, form: str, dtype: str, **parts: Any) -> Case:
+    _, S_q, S_kv, H, D = shape_of(sizes)
+    return Case(
+        "sla", op, form, f"{S_q}x{S_kv}, {H} heads, D {D}", dtype, expected=EXPECTED[op], **parts
+    )
+
+
+def qkv(device: torch.device, seed: int, sizes: Sizes) -> Inputs:
+    B, S_q, S_kv, H, D = shape_of(sizes)
+    draw = Draw(device, seed)
+    return {"q": draw(B, S_q, H, D), "k": draw(B, S_kv, H, D), "v": draw(B, S_kv, H, D)}
+
+
+def projection(device: torch.device, seed: int, D: int) -> Inputs:
+    """Of the linear branch, whose mean over all keys is small: large enough that an error in
+    either branch shows in their sum."""
+    draw = Draw(device, seed + 1)
+    return {"proj_weight": draw(D, D) * (4 * D**-0.5), "proj_bias": 0.02 * draw(D)}
+
+
+# --- The branches -------------------------------------------------------------------------------
+
+
+def block_mask(sizes: Sizes, share: float) -> Case:
+    B, _, _, H, D = shape_of(sizes)
+    rows, columns = counts(sizes)
+
+    def make(device: torch.device, seed: int) -> Inputs:
+        inputs = qkv(device, seed, sizes)
+        pooled_q, _ = sla.pool(inputs["q"], block=BLOCK_Q)
+        return {"pooled_q": pooled_q, "pooled_k": sla.pool(inputs["k"], block=BLOCK_K)[0]}
+
+    def run(inputs: Inputs, backend: str) -> Any:
+        return sla.block_mask(**inputs, topk=share, backend=backend)
+
+    def judge(inputs: Inputs, csr: Any) -> Iterator[Judged]:
+        """How many blocks a row has and what they score: of equals, any may be chosen."""
+        q, k = (x.double() for x in inputs.values())
+        score = D**-0.5 * torch.einsum("bqhd,bkhd->bhqk", q, k)
+        best = score.topk(selected(share, columns), dim=-1).values
+        listed = expand(csr[0], csr[1], columns)
+        want = torch.full_like(best[..., 0], selected(share, columns))
+        yield Judged("count", listed.sum(-1), want, EXACT)
+        got = (score.exp() * listed).sum(-1)
+        yield Judged("score", got, best.exp().sum(-1), TOLERANCE["float32"])
+
+    capacity = selected(share, columns)
+    lists = 2 * (rows + 1) + rows * (capacity + columns)  # selected and marginal
+    return case(
+        sizes, "block_mask", f"top {share:.0%}", "fp32",
+        flops={"fp32": 2 * B * H * rows * columns * D},
+        bytes=4 * B * H * ((rows + columns) * D + lists), make=make, run=run, judge=judge,
+    )  # fmt: skip
+
+
+def sparse_attention(sizes: Sizes, share: float) -> Case:
+    shape = B, S_q, S_kv, H, D = shape_of(sizes)
+    rows, columns = counts(sizes)
+
+    def make(device: torch.device, seed: int) -> Inputs:
+        inputs = qkv(device, seed, sizes)
+        pooled = (sla.pool(inputs[n], block=b)[0] for n, b in (("q", BLOCK_Q), ("k", BLOCK_K)))
+        return inputs | {"csr": sla.block_mask(*pooled, topk=share, backend="reference")}
+
+    def run(inputs: Inputs, backend: str) -> Any:
+        return sla.sparse_attention(**inputs, backend=backend)
+
+    def judge(inputs: Inputs, result: Any) -> Iterator[Judged]:
+        q, k, v = (inputs[name].double() for name in "qkv")
+        listed = expand(inputs["csr"].indptr, inputs["csr"].indices, columns)
+
+        def oracle(piece: slice) -> Tensor:
+            blocks = per_token(listed, S_q, 2, BLOCK_Q)[:, :, piece]
+            seen = per_token(blocks, S_kv, 3, BLOCK_K)
+            return attention.attention(q[:, piece], k, v, mask=seen, backend="reference")
+
+        yield Judged("out", result, cached.together(S_q, oracle), TOLERANCE["bfloat16"])
+
+    part = min(1.0, selected(share, columns) * BLOCK_K / S_kv)
+    lists = 4 * B * H * (rows + 1 + rows * selected(share, columns))
+    return case(
+        sizes, "sparse_attention", f"top {share:.0%}", "bf16",
+        flops={"bf16": attention.flops(*shape) * part},
+        bytes=attention.bytes(*shape) + lists, make=make, run=run, judge=judge,
+        peers=peers.scaled_dot_product(*shape),
+    )  # fmt: skip
+
+
+def linear_attention(sizes: Sizes) -> Case:
+    B, S_q, _, H, D = shape_of(sizes)
+    _, columns = counts(sizes)
+
+    def make(device: torch.device, seed: int) -> Inputs:
+        inputs = qkv(device, seed, sizes)
+        h, z = sla.summaries(inputs["k"], inputs["v"])
+        return {"q": inputs["q"], "h": h, "z": z}
+
+    def run(inputs: Inputs, backend: str) -> Any:
+        return sla.linear_attention(**inputs, backend=backend)
+
+    def judge(inputs: Inputs, result: Any) -> Iterator[Judged]:
+        q, h, z = (x.double() for x in inputs.values())
+        total = h.sum(1, keepdim=True), z.sum(1, keepdim=True)
+        want = sla.linear_attention(q, *total, backend="reference")
+        yield Judged("out", result, want, TOLERANCE["bfloat16"])
+
+    moved = 2 * 2 * B * S_q * H * D + 4 * B * columns * H * D * (D + 1)
+    return case(
+        sizes, "linear_attention", "all blocks", "bf16",
+        flops={"bf16": 2 * B * H * S_q * D * (D + 1)}, bytes=moved, make=make, run=run,
+        judge=judge, peers=peers.copying(moved),
+    )  # fmt: skip
+
+
+# --- All of it ----------------------------------------------------------------------------------
+
+
+def settled(score: Tensor, count: int, length: int) -> Tensor:
+    """[1, L, H] bool: the tokens of query blocks whose choice does not hang on a near tie.
+
+    score: [1, H, nQ, nK] float64.
+    """
+    if count >= score.shape[3]:
+        gap = torch.ones_like(score[..., 0])
+    else:
+        ordered = score.sort(-1, descending=True).values
+        gap = ordered[..., count - 1] - ordered[..., count]
+    clear = gap > TIE * score.square().mean().sqrt()
+    return per_token(clear, length, 2, BLOCK_Q).transpose(1, 2)
+
+
+def judged(result: Tensor, want: Tensor, clear: Tensor, tolerance: Tolerance) -> Iterator[Judged]:
+    if clear.double().mean() < 0.5:
+        raise harness.WrongResultError("most rows hang on near ties: nothing would be judged")
+    yield Judged("out", result[clear], want[clear], tolerance)
+
+
+def work(sizes: Sizes, count: int, qk: str, pv: str) -> dict[str, float]:
+    """FLOPs by dtype of the selected blocks, and of the linear branch."""
+    shape = B, S_q, S_kv, H, D = shape_of(sizes)
+    share = min(1.0, count * BLOCK_K / S_kv)
+    sparse = 4 * B * H * S_q * S_kv * D * share
+    found = {"bf16": sla.flops(*shape, share=share) - sparse}
+    for dtype in (qk, pv):
+        found[dtype] = found.get(dtype, 0.0) + sparse / 2
+    return found
+
+
+def plain(sizes: Sizes, share: float) -> Case:
+    shape = _, S_q, S_kv, _, D = shape_of(sizes)
+    count = selected(share, counts(sizes)[1])
+
+    def make(device: torch.device, seed: int) -> Inputs:
+        return qkv(device, seed, sizes) | projection(device, seed, D)
+
+    def run(inputs: Inputs, backend: str) -> Any:
+        return sla.sla(**inputs, topk=share, backend=backend)
+
+    def judge(inputs: Inputs, result: Any) -> Iterator[Judged]:
+        wide = {name: x.double() for name, x in inputs.items()}
+        q = wide.pop("q")
+        want = cached.together(
+            S_q, lambda rows: sla.sla(q[:, rows], **wide, topk=share, backend="reference")
+        )
+        score = torch.einsum("bqhd,bkhd->bhqk", block_mean(q, BLOCK_Q), block_mean(wide["k"]))
+        yield from judged(result, want, settled(score, count, S_q), TOLERANCE["bfloat16"])
+
+    part = min(1.0, count * BLOCK_K / S_kv)
+    return case(
+        sizes, "sla", f"top {share:.0%}", "bf16", flops=work(sizes, count, "bf16", "bf16"),
+        bytes=sla.bytes(*shape, share=part), make=make, run=run, judge=judge,
+        peers=peers.scaled_dot_product(*shape),
+    )  # fmt: skip
+
+
+def segments(sizes: Sizes, share: float, values: str | None) -> Case:
+    shape = _, S_q, S_kv, _, D = shape_of(sizes)
+    count = selected(share, sizes.window.frames * -(-sizes.window.per_frame // BLOCK_K))
+
+    def make(device: torch.device, seed: int) -> Inputs:
+        inputs = cached.window(device, seed, sizes, values, summaries=True)
+        kept = ("q", "cache", "block_table", "offset_index")
+        return {name: inputs[name] for name in kept} | projection(device, seed, D)
+
+    def run(inputs: Inputs, backend: str) -> Any:
+        return sla.segment_sla(**inputs, topk=share, backend=backend)
+
+    def judge(inputs: Inputs, result: Any) -> Iterator[Judged]:
+        q, cache = inputs["q"].double(), cached.wide(inputs["cache"])
+        lists = {name: inputs[name] for name in ("block_table", "offset_index")}
+        branch = {name: inputs[name].double() for name in ("proj_weight", "proj_bias")}
+        options: Any = lists | branch | {"topk": share, "backend": "reference"}
+        want = cached.together(S_q, lambda rows: sla.segment_sla(q[:, :, rows], cache, **options))
+        assert cache.k_mean is not None
+        asks = block_mean(q, BLOCK_Q)[inputs["offset_index"]]  # [T, 1, nQ, H, D]
+        means = cache.k_mean[:, inputs["block_table"]]
+        score = torch.einsum("tbqhd,btkhd->bhqtk", asks, means).flatten(3)
+        tolerance = TOLERANCE[{None: "bfloat16", "fp16": "int8"}.get(values, "fp8")]
+        yield from judged(result, want, settled(score, count, S_q), tolerance)
+
+    part = min(1.0, count * BLOCK_K / S_kv)
+    stored = {None: (2, 2), "fp16": (1, 2), "fp8": (1, 1)}[values]  # bytes of a key, of a value
+    options: Any = {"share": part, "cached_summaries": True}
+    moved = sum(sla.bytes(*shape, **options, kv_itemsize=size) for size in stored) // 2
+    form = f"top {share:.0%}, cached"
+    dtype = f"int8, {values}" if values else "bf16"
+    precise = {"fp16": "bf16", None: "bf16"}
+    return case(
+        sizes, "segment_sla", form, dtype,
+        flops=work(sizes, count, "int8" if values else "bf16", precise.get(values, "fp8")),
+        bytes=moved, make=make, run=run, judge=judge, peers=peers.scaled_dot_product(*shape),
+    )  # fmt: skip
+
+
+def test_speed(benchmark: Any, case: Case) -> None:
+    harness.with_pytest(benchmark, case)
