@@ -20,6 +20,8 @@ from torch import Tensor
 
 from reeltime import attention, backends, checks, gemm_w8a8, norm, quant, rope_kv, sla
 
+pytestmark = pytest.mark.clock
+
 EMPTY_LIKE = torch.empty_like  # as it is before conftest poisons it, which takes longer than an op
 LIMIT = 2.0  # times a bare op
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode}

@@ -315,6 +315,7 @@ def test_killed_stream_leaves_a_playable_file(started, tmp_path):
 # --- Interactive --------------------------------------------------------------------------------
 
 
+@pytest.mark.clock
 def test_typed_lines_act_and_are_timed(started, tmp_path):
     process = started(tmp_path / "a.mp4", "--interactive")
     assert process.stdin is not None
@@ -337,6 +338,7 @@ def test_typed_lines_act_and_are_timed(started, tmp_path):
     assert document["frames"] < 60 * 25
 
 
+@pytest.mark.clock
 def test_interactive_runs_in_real_time_and_past_the_end_of_stdin(command, monkeypatch):
     ahead, keep_pace = [], cli_stream.Run._keep_pace
 

@@ -85,6 +85,20 @@ DEVICE uint32_t pack4<int8_t>(float x0, float x1, float x2, float x3) {
 #endif
 }
 
+// Four bytes of eight, `low` holding bytes 0 to 3: digit i of the selector, in base 16 and 0 to 7,
+// names byte i of the result.  PTX ISA, "prmt".
+DEVICE uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
+#if REELTIME_EMULATED
+  const uint64_t bytes = low | static_cast<uint64_t>(high) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; i++)
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+#else
+  return __byte_perm(low, high, selector);
+#endif
+}
+
 // The i-th number of a register, as a float.
 template <class T>
 DEVICE float unpack(uint32_t packed, int i) {

@@ -49,10 +49,11 @@ DEVICE float block_scale(float amax, float limit) {
 struct Divisor {
   float step, inverse, lift;
 
-  DEVICE explicit Divisor(float scale) {
+  DEVICE explicit Divisor(float scale) : Divisor(scale, 0.0f) { inverse = 1.0f / step; }
+  // With the inverse that somebody else has computed from the same scale.
+  DEVICE Divisor(float scale, float inverse) : inverse(inverse) {
     lift = scale < 8.673617379884035e-19f ? 1.2089258196146292e24f : 1.0f;  // 2^-60, 2^80
     step = scale * lift;
-    inverse = 1.0f / step;
   }
   DEVICE float divide(float x) const {
     x *= lift;
@@ -71,13 +72,12 @@ struct Divisor {
 // a quotient exceeds the limit by no more than its own rounding, which that of pack4 undoes:
 // lifting, clamping and the test for NaN, most of the work, are left to tiny scales and NaN.
 template <int kCount>
-DEVICE void encode_block(float (&x)[kCount], float scale, float limit) {
-  const Divisor by(scale);
-  if (by.lift == 1.0f && scale == scale) {
+DEVICE void encode_block(float (&x)[kCount], const Divisor& by, float limit) {
+  if (by.lift == 1.0f && by.step == by.step) {
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
       const float y = x[i] * by.inverse;
-      x[i] = fmaf(fmaf(-y, scale, x[i]), by.inverse, y);
+      x[i] = fmaf(fmaf(-y, by.step, x[i]), by.inverse, y);
     }
   } else {
 #pragma unroll
@@ -86,6 +86,11 @@ DEVICE void encode_block(float (&x)[kCount], float scale, float limit) {
       x[i] = y == y ? min(max(y, -limit), limit) : 0.0f;
     }
   }
+}
+
+template <int kCount>
+DEVICE void encode_block(float (&x)[kCount], float scale, float limit) {
+  encode_block(x, Divisor(scale), limit);
 }
 
 }  // namespace reeltime

@@ -63,6 +63,17 @@ struct alignas(8) Mbarrier {
 #endif
   }
 
+  // The same, to give back a buffer that this thread has only read: no fence, which arrive_at needs
+  // for what the thread wrote, and which would wait for all of its memory accesses.
+  DEVICE void give_back_at(unsigned rank) {
+    const uint32_t remote = address_in_rank(address(), rank);
+#if REELTIME_EMULATED
+    emulator::mbarrier_arrive(remote, 1, 0);
+#else
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+#endif
+  }
+
   // Whether the phase of that parity is complete; may take a moment to say no.
   DEVICE bool try_wait(uint32_t parity) {
 #if REELTIME_EMULATED

@@ -41,6 +41,14 @@ REELTIME_MMA(mma_bf16, float, "+f", kBf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 
 #undef REELTIME_MMA
 
+// Whether the GPU being compiled for has mma_e4m3, and not two f16 products in its place: kernels for
+// all of them ask, with if constexpr.
+#if REELTIME_EMULATED || (__CUDA_ARCH__ >= 890 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1200
+constexpr bool kHasMmaE4m3 = true;
+#else
+constexpr bool kHasMmaE4m3 = false;
+#endif
+
 // Sums in float16, twice as fast as float on sm_89 and sm_120: d[0] holds row g, columns 2 * t and
 // 2 * t + 1, d[1] row g + 8.  NOTE: overflows beyond 65504 and rounds to 11 bits at every
 // instruction; scale the operands for it, and move the sums to float every few instructions.
@@ -52,6 +60,27 @@ DEVICE void mma_e4m3_half(uint32_t (&d)[2], const uint32_t (&a)[4], const uint32
 #else
   asm volatile(
       "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16 "
+      "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%0, %1};"
+      : "+r"(d[0]), "+r"(d[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// The same of float16 operands; whether it is faster than mma_f16 on the GPU being compiled for.
+#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
+constexpr bool kFastHalfSums = true;
+#else
+constexpr bool kFastHalfSums = false;
+#endif
+
+DEVICE void mma_f16_half(uint32_t (&d)[2], const uint32_t (&a)[4], const uint32_t b0,
+                         const uint32_t b1) {
+#if REELTIME_EMULATED
+  const uint32_t b[2] = {b0, b1};
+  emulator::mma_half(emulator::Element::kF16, d, a, b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
       "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%0, %1};"
       : "+r"(d[0]), "+r"(d[1])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

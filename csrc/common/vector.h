@@ -30,6 +30,7 @@ DEVICE Vector<T> load_streaming(const T* pointer) {
 }
 
 // Constant for the whole launch and reused: cached in L1.
+// NOTE: volatile, or the compiler moves it out of loops and of the conditions that guard it.
 template <class T>
 DEVICE Vector<T> load_cached(const T* pointer) {
   Vector<T> v;
@@ -38,11 +39,20 @@ DEVICE Vector<T> load_cached(const T* pointer) {
   memcpy(&v, pointer, 16);
 #else
   uint32_t* r = reinterpret_cast<uint32_t*>(&v);
-  asm("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-      : "l"(pointer));
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "l"(pointer));
 #endif
   return v;
+}
+
+// Brings the cache line of an address into L2, and waits for nothing.
+DEVICE void prefetch_l2(const void* pointer) {
+#if REELTIME_EMULATED
+  emulator::check_global(pointer, 1, 1, false, "prefetch");
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+#endif
 }
 
 template <class T>
