@@ -82,7 +82,7 @@ def on(device, value):
 
 def cuda(arguments, out_dtype=torch.float32, *, how=None, **options):
     """The kernel's result, on the CPU."""
-    with emulated("gemm_w8a8", sm=90, **(how or {})) as runner:
+    with emulated("gemm_w8a8", sm=90, gpu=not how, **(how or {})) as runner:
         arguments = [on(runner.device, x) for x in arguments]
         options = {name: on(runner.device, x) for name, x in options.items()}
         got = gemm_w8a8.gemm_w8a8(*arguments, **options, out_dtype=out_dtype, backend="cuda")

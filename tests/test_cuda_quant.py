@@ -53,7 +53,7 @@ def check(x, dtype, block_rows):
 @pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("source", DTYPES.values(), ids=DTYPES)
 def test_bit_for_bit(source, dtype, block_rows):
-    with emulated("quant") as runner:
+    with emulated("quant", gpu=True) as runner:
         for seed, shape in enumerate(SHAPES):
             check(sample(*shape, source, seed).to(runner.device), dtype, block_rows)
     if runner.device.type == "cpu":
@@ -63,7 +63,7 @@ def test_bit_for_bit(source, dtype, block_rows):
 @pytest.mark.parametrize("block_rows", [1, 128])
 def test_strided_rows_and_codes(block_rows):
     """Rows of a wider matrix, at addresses that are no multiple of 16; transposed codes."""
-    with emulated("quant") as runner:
+    with emulated("quant", gpu=True) as runner:
         whole = sample(40, 400, torch.bfloat16).to(runner.device)
         for view in (whole[:, 8:280], whole[::2, 3:300], whole[5:6]):
             check(view, torch.int8, block_rows)
@@ -80,7 +80,7 @@ def test_strided_rows_and_codes(block_rows):
 
 @pytest.mark.parametrize("shape", [(0, 64), (5, 0)])
 def test_empty(shape):
-    with emulated("quant") as runner:
+    with emulated("quant", gpu=True) as runner:
         xq, scale = quant.quantize(torch.empty(shape, device=runner.device), backend="cuda")
         assert xq.shape == shape
         assert quant.dequantize(xq, scale, backend="cuda").shape == shape

@@ -25,14 +25,14 @@ struct GemmParams {
   void* out;             // [M, N] contiguous
   float* out_scale;      // [ceil(M / bm), ceil(N / 128)] contiguous, or null
   int M, N, K;
-  int block_rows;  // bm: 1 or 128
-  int frame_rows;  // M / F: frame(m) = m / frame_rows
+  int block_rows;            // bm: 1 or 128
+  int frame_rows;            // M / F: frame(m) = m / frame_rows
   int stride_am, stride_ak;  // of a_scale
   int stride_bn, stride_bk;  // of b_scale
   int stride_bias;
-  int64_t stride_rm, stride_rn;  // of residual
-  int64_t stride_gf, stride_gn;  // of gate
-  Dtype dtype;                   // of a and b: kInt8 or kE4m3
+  int64_t stride_rm, stride_rn;                  // of residual
+  int64_t stride_gf, stride_gn;                  // of gate
+  Dtype dtype;                                   // of a and b: kInt8 or kE4m3
   Dtype bias_dtype, residual_dtype, gate_dtype;  // kFloat32, kBfloat16 or kFloat16
   Dtype out_dtype;                               // those, or with out_scale kInt8 or kE4m3
   Epilogue epilogue;

@@ -20,10 +20,10 @@ from reeltime import backends, native
 class Emulator:
     """What native.launch calls for CPU tensors."""
 
-    def __init__(self, families: tuple[str, ...], sm: int, how: dict[str, Any]) -> None:
+    def __init__(self, families: tuple[str, ...], sm: int, gpu: bool, how: dict[str, Any]) -> None:
         self.owner = {entry: f for f in families for entry in parameters.entries(f)}
         self.sm, self.how = f"sm{sm}", how
-        self.device = torch.device("cuda" if torch.cuda.is_available() and not how else "cpu")
+        self.device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
         self.launches: list[str] = []
 
     def __call__(self, entry: str, given: dict[str, Any]) -> None:
@@ -35,13 +35,13 @@ class Emulator:
 
 
 @contextlib.contextmanager
-def emulated(*families: str, sm: int = 80, **how: Any) -> Iterator[Emulator]:
+def emulated(*families: str, sm: int = 80, gpu: bool = False, **how: Any) -> Iterator[Emulator]:
     """backend="cuda" serves these families on the CPU, by the code for `sm`.
 
     `how`: flavour, schedule, landing, seed of the emulator; replace, which plants a mistake.
     """
     before = backends.TABLE, native.emulator
-    runner = Emulator(families, sm, how)
+    runner = Emulator(families, sm, gpu, how)
     if runner.device.type == "cpu":
         rows = tuple(backends.Row(family, "cuda", ("cpu",)) for family in families)
         backends.TABLE, native.emulator = (*before[0], *rows), runner
