@@ -30,7 +30,8 @@ def test_numbers_of_dtypes():
 
 def test_every_family_with_a_binding_is_built():
     lines = re.findall(r"^add_family\((\w+) (.*)\)", (ROOT / "CMakeLists.txt").read_text(), re.M)
-    assert {name: files.split() for name, files in lines} == {
+    built = {name: files.removesuffix(" FALLBACK").split() for name, files in lines}
+    assert built == {
         family: [path.stem for path in sorted((CSRC / family).glob("sm*.cu"))]
         for family in FAMILIES
     }
@@ -41,9 +42,8 @@ def test_every_family_with_a_binding_is_built():
 def test_binding_names_every_field(family):
     for entry, (struct, *files) in parameters.entries(family).items():
         assert list(_C.entries[entry]) == list(parameters.fields(family, struct))
-        assert sorted(files) == sorted(
-            re.findall(rf"(?<=\b{entry}_)sm\d+", (CSRC / family / "binding.cpp").read_text())
-        )
+        text = (CSRC / family / "binding.cpp").read_text()
+        assert set(files) == set(re.findall(rf"(?<=\b{entry}_)sm\d+", text))
 
 
 GOOD = dict(

@@ -153,7 +153,7 @@ static void open_barrier(BlockBarrier& barrier) {
   barrier = {};
 }
 
-static void pass_barrier(BlockBarrier& barrier, bool wait, const Waiting& name) {
+static void pass_barrier(BlockBarrier& barrier, const Waiting& name) {
   Fiber& me = *state.running;
   for (const Rendezvous& open : me.warp->open)
     if (open.mask >> me.lane & 1)
@@ -161,15 +161,28 @@ static void pass_barrier(BlockBarrier& barrier, bool wait, const Waiting& name) 
            open.mask);
   release(barrier.order);
   barrier.arrived++;
-  if (wait) {
-    barrier.waiting.push_back(&me);
-    me.in_block_barrier = true;
-  }
+  barrier.waiting.push_back(&me);
+  me.in_block_barrier = true;
   if (barrier.arrived == barrier.expected)
     open_barrier(barrier);
-  else if (wait)
+  else
     block_until_woken(name);
   me.state = Fiber::kReady;
+}
+
+// A warp arrives as one, so that none of its lanes is past the barrier before another has come.
+static void announce(BlockBarrier& barrier, unsigned id) {
+  meet("bar.arrive", 0xffffffffu, &barrier, [&barrier, id](void** barriers) {
+    Fiber* last = state.running;
+    for (Fiber* lane : last->warp->lanes) {
+      if (barriers[lane->lane] != &barrier) fail("bar.arrive %u: other lanes name another", id);
+      state.running = lane;
+      release(barrier.order);
+      barrier.arrived++;
+    }
+    state.running = last;
+    if (barrier.arrived == barrier.expected) open_barrier(barrier);
+  });
 }
 
 void barrier(unsigned id, unsigned threads, bool wait) {
@@ -184,13 +197,16 @@ void barrier(unsigned id, unsigned threads, bool wait) {
   if (barrier.arrived && threads && barrier.expected != expected)
     fail("%s: others wait for %u threads", name.text().c_str(), barrier.expected);
   barrier.expected = expected;
-  pass_barrier(barrier, wait, name);
+  if (wait)
+    pass_barrier(barrier, name);
+  else
+    announce(barrier, id);
 }
 
 void cluster_barrier() {
   KERNEL_SITE();
   state.cluster.expected = state.threads;
-  pass_barrier(state.cluster, true, {"%1$s", "barrier.cluster", 0, 0});
+  pass_barrier(state.cluster, {"%1$s", "barrier.cluster", 0, 0});
 }
 
 // --- One cluster -----------------------------------------------------------------------------

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The online softmax in base 2 over the accumulators of mma.sync: 16 rows and 64 keys of a warp.
+//
+//   x[n][e]: row g + 8 (e / 2), key 8 n + 2 t + e % 2, with g = lane / 4 and t = lane % 4
+//
+// An int8 score is 12582912 + sum, read as a float (convert.h), and means scale * x + bias[row]:
+// one FFMA takes it to the exponent.  The bias holds -12582912 scale, whose rounding, the same for
+// a row's 64 keys, is below one step of the integers that are summed.
+#pragma once
+#include "common/approx.h"
+#include "common/convert.h"
+#include "common/mma.h"
+#include "common/reduce.h"
+
+namespace reeltime {
+
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// Of two rows, g and g + 8.
+struct SoftmaxRows {
+  float largest[2], total[2];  // the running maximum; of this lane's keys, the sum
+
+  DEVICE void reset() {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      largest[r] = kMinusInfinity;
+      total[r] = 0.0f;
+    }
+  }
+
+  // Takes in the scores' maximum.  bias then leads to exponents; what was summed before counts
+  // `past` times.  Returns whether that is 1 for all rows of the warp, as it mostly is.
+  DEVICE bool raise(const int32_t (&x)[8][4], float scale, float (&bias)[2], float (&past)[2]) {
+    bool same = true;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float top = kMinusInfinity;
+#pragma unroll
+      for (int n = 0; n < 8; n++)
+        top = max(top, max(as_float(x[n][2 * r]), as_float(x[n][2 * r + 1])));
+      top = warp_reduce<4>(top, Max());
+      const float before = largest[r];
+      largest[r] = max(before, fmaf(scale, top, bias[r]));  // NaN is not a maximum
+      const float finite = largest[r] == kMinusInfinity ? 0.0f : largest[r];
+      past[r] = exp2_approx(before - finite);
+      bias[r] -= finite;
+      same &= before == largest[r];
+    }
+    return ballot(same) == kFullWarp;
+  }
+
+  // Probabilities, of which the largest is 1, as the A operands of four products of 16 keys.  NaN
+  // in scale or bias makes those of its rows NaN.  Rounding to float16 is unbiased, so that the sum
+  // needs none of it.
+  DEVICE void exponentiate(uint32_t (&p)[4][4], const int32_t (&x)[8][4], float scale,
+                           const float (&bias)[2], const float (&past)[2]) {
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float low = exp2_approx(fmaf(scale, as_float(x[n][2 * r]), bias[r]));
+        const float high = exp2_approx(fmaf(scale, as_float(x[n][2 * r + 1]), bias[r]));
+        sum[r] += low + high;
+        p[n / 2][n % 2 * 2 + r] = pack2<float16>(low, high);
+      }
+#pragma unroll
+    for (int r = 0; r < 2; r++) total[r] = fmaf(total[r], past[r], sum[r]);
+  }
+
+  // Over the four lanes of a row, once at the end.
+  DEVICE void finish() {
+#pragma unroll
+    for (int r = 0; r < 2; r++) total[r] = warp_reduce<4>(total[r], Sum());
+  }
+
+  DEVICE static float as_float(int32_t x) { return float_of(static_cast<uint32_t>(x)); }
+};
+
+}  // namespace reeltime

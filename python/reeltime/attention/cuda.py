@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA kernels of attention in 8 bits: csrc/attention."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from reeltime.attention import api
+from reeltime.attention.reference import STORED
+from reeltime.native import code, code_of, launch, stride, unless
+from reeltime.rope_kv.reference import BLOCK
+
+SUM_ROWS = 1024  # kSumRows of csrc/attention/encode.h
+SMOOTH = (None, "block", "sequence")  # enum class Smooth
+MOST = 65535  # blocks of a grid in any direction but the first
+
+
+def unfit(q: Tensor, v: Tensor) -> str | None:
+    """Which sizes no kernel takes."""
+    dims = q.shape[-1], v.shape[-1]
+    if any(dim % 16 or not 0 < dim <= 256 for dim in dims):
+        return (
+            "its kernels take head dimensions that are multiples of 16 up to 256, not "
+            f"{' and '.join(map(str, dict.fromkeys(dims)))}, which backend='triton' has"
+        )
+    if max(q.shape[-4], q.shape[-2]) > MOST:
+        return f"its kernels take up to {MOST} batches and heads; backend='triton' takes more"
+    return None
+
+
+def refuses(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
+    qk, pv = rest[3:5]
+    if qk != "int8" or pv not in ("fp16", "fp8"):
+        return (
+            "its kernels are those of qk='int8' with pv='fp16' or 'fp8', not of "
+            f"qk={qk!r} with pv={pv!r}, which backend='triton' has"
+        )
+    return unfit(q, v)
+
+
+def refuses_segments(q: Tensor, *rest: Any) -> str | None:
+    k, v, k_scale, _, v_scale = rest[2:7]
+    if k_scale is None or v_scale is None or v.dtype not in (torch.float16, STORED["fp8"]):
+        return "its kernels read caches of format 'int8'; 'plain' has backend='triton'"
+    return unfit(q, v)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it if not all of its rows start at multiples of 16 bytes."""
+    size = x.element_size()
+    steps = [step * size for n, step in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+    if x.stride(-1) == 1 and not any(at % 16 for at in (x.data_ptr(), *steps)):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+class Operands(NamedTuple):
+    """What attention multiplies; [B, S, H, D] of tensors, [B, slots, N, H_kv, D] of caches."""
+
+    q_code: Tensor
+    q_scale: Tensor
+    k_code: Tensor
+    k_scale: Tensor
+    k_mean: Tensor | None
+    v_code: Tensor
+    v_scale: Tensor
+
+
+def encode(q: Tensor, k: Tensor, v: Tensor, pv: str, smooth: str | None) -> Operands:
+    """[B, S, H, D] each, in 8 bits (v: of `pv`)."""
+    B, S, H_kv, D = k.shape
+    E, blocks = v.shape[3], -(-S // BLOCK)
+    k_mean = partial = None
+    if smooth == "block":
+        k_mean = k.new_empty((B, blocks, H_kv, D))
+    elif smooth == "sequence":
+        k_mean = k.new_empty((B, H_kv, D), dtype=torch.float32)
+        partial = k.new_empty((B, -(-S // SUM_ROWS), H_kv, D), dtype=torch.float32)
+    k_code = k.new_empty(k.shape, dtype=torch.int8)
+    k_scale = k.new_empty((B, blocks, H_kv), dtype=torch.float32)
+    v_code = v.new_empty(v.shape, dtype=STORED[pv])
+    v_scale = v.new_empty((B, blocks, H_kv, E), dtype=torch.float32)
+    q_code, q_scale = encode_query(
+        q,
+        smooth,
+        k=k,
+        v=v,
+        k_code=k_code,
+        k_scale=k_scale,
+        k_mean=k_mean,
+        partial=partial,
+        v_code=v_code,
+        v_scale=v_scale,
+        S_kv=S,
+        H_kv=H_kv,
+        E=E,
+    )
+    return Operands(q_code, q_scale, k_code, k_scale, k_mean, v_code, v_scale)
+
+
+NO_KEYS = dict.fromkeys(("k", "v", "k_code", "k_scale", "k_mean", "partial", "v_code", "v_scale"))
+
+
+def encode_query(
+    q: Tensor, smooth: str | None = None, **keys: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    """[B, S, H, D] in INT8, and a scale per 64 tokens and head; in the same launch the `keys`."""
+    B, S, H, D = q.shape
+    q_code = q.new_empty(q.shape, dtype=torch.int8)
+    q_scale = q.new_empty((B, -(-S // BLOCK), H), dtype=torch.float32)
+    keys = keys or NO_KEYS | {"S_kv": 0, "H_kv": 0, "E": 0}
+    k, v, v_code = (keys[name] for name in ("k", "v", "v_code"))
+    stride_qb, stride_qs, stride_qh = stride(q, 0, 1, 2)
+    stride_kb, stride_ks, stride_kh = stride(k, 0, 1, 2)
+    stride_vb, stride_vs, stride_vh = stride(v, 0, 1, 2)
+    launch(
+        "encode_qkv",
+        q.device,
+        q=q,
+        q_code=q_code,
+        q_scale=q_scale,
+        **keys,
+        B=B,
+        S_q=S,
+        H=H,
+        D=D,
+        stride_qb=stride_qb,
+        stride_qs=stride_qs,
+        stride_qh=stride_qh,
+        stride_kb=stride_kb,
+        stride_ks=stride_ks,
+        stride_kh=stride_kh,
+        stride_vb=stride_vb,
+        stride_vs=stride_vs,
+        stride_vh=stride_vh,
+        smooth=SMOOTH.index(smooth),
+        x_dtype=code(q.dtype),
+        v_dtype=code_of(v_code),
+    )
+    return q_code, q_scale
+
+
+def run(
+    q: Tensor,  # [O, B, L, H, D]
+    low: Operands,
+    *,
+    table: Tensor | None = None,
+    offset_index: Tensor | None = None,
+    mask: Tensor | None = None,
+    sm_scale: float,
+    causal: str | None = None,
+    smooth: str | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """out [B, L, H, E] and lse [B, H, L] of one launch."""
+    _, B, L, H, D = q.shape
+    k, v = low.k_code, low.v_code
+    slots, N, H_kv, E = v.shape[1:]
+    out = q.new_empty((B, L, H, E))
+    lse = q.new_empty((B, H, L) if want_lse else (0,), dtype=torch.float32)
+    if mask is not None:
+        mask = mask.expand(B, H, L, N)
+        mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
+    stride_qo, stride_qb, stride_ql, stride_qh = stride(q, 0, 1, 2, 3)
+    stride_kb, stride_ks, stride_kn, stride_kh = stride(k, 0, 1, 2, 3)
+    stride_vb, stride_vs, stride_vn, stride_vh = stride(v, 0, 1, 2, 3)
+    stride_mb, stride_mh, stride_ml, stride_mn = stride(mask, 0, 1, 2, 3)
+    launch(
+        "attention",
+        q.device,
+        q=q,
+        q_code=low.q_code,
+        q_scale=low.q_scale,
+        k=k,
+        v=v,
+        k_scale=low.k_scale,
+        k_mean=low.k_mean,
+        v_scale=low.v_scale,
+        mask=mask,
+        table=table,
+        offset_index=offset_index,
+        out=out,
+        lse=lse if want_lse else None,
+        B=B,
+        L=L,
+        N=N,
+        H=H,
+        H_kv=H_kv,
+        D=D,
+        E=E,
+        slots=slots,
+        T=1 if table is None else table.shape[0],
+        causal=int(causal is not None),
+        first_last=N - L if causal == "bottom_right" else 0,
+        stride_qo=stride_qo,
+        stride_qb=stride_qb,
+        stride_ql=stride_ql,
+        stride_qh=stride_qh,
+        stride_kb=stride_kb,
+        stride_ks=stride_ks,
+        stride_kn=stride_kn,
+        stride_kh=stride_kh,
+        stride_vb=stride_vb,
+        stride_vs=stride_vs,
+        stride_vn=stride_vn,
+        stride_vh=stride_vh,
+        stride_mb=stride_mb,
+        stride_mh=stride_mh,
+        stride_ml=stride_ml,
+        stride_mn=stride_mn,
+        sm_scale=sm_scale,
+        smooth=SMOOTH.index(smooth),
+        q_dtype=code(q.dtype),
+        mean_dtype=code_of(low.k_mean),
+        mask_dtype=code_of(mask),
+        v_dtype=code(v.dtype),
+        out_dtype=code(out.dtype),
+    )
+    return out, lse
+
+
+@api.ATTENTION.kernel("cuda", unless=unless(0, 3, check=refuses))
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sm_scale: float,
+    causal: str | None,
+    qk: str | None,
+    pv: str,
+    smooth: str | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    low = encode(q, k, v, pv, smooth)
+    return run(
+        q.unsqueeze(0),
+        low._replace(k_code=low.k_code.unsqueeze(1), v_code=low.v_code.unsqueeze(1)),
+        mask=mask,
+        sm_scale=sm_scale,
+        causal=causal,
+        smooth=smooth,
+        want_lse=want_lse,
+    )
+
+
+@api.SEGMENT_ATTENTION.kernel("cuda", unless=unless(0, 6, check=refuses_segments))
+def segment_attention(
+    q: Tensor,
+    q_int8: Tensor | None,
+    q_scale: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor,
+    k_mean: Tensor | None,
+    v_scale: Tensor,
+    block_table: Tensor,
+    offset_index: Tensor,
+    sm_scale: float,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    if q_int8 is None or q_scale is None:
+        q_int8, q_scale = encode_query(q.flatten(0, 1))
+    return run(
+        q,
+        Operands(
+            aligned(q_int8.contiguous()),
+            q_scale.contiguous(),
+            aligned(k),
+            k_scale.contiguous(),
+            None if k_mean is None else k_mean.contiguous(),
+            aligned(v),
+            aligned(v_scale.contiguous()),
+        ),
+        table=block_table.contiguous(),
+        offset_index=offset_index.contiguous(),
+        sm_scale=sm_scale,
+        smooth=None if k_mean is None else "block",
+        want_lse=want_lse,
+    )
