@@ -57,6 +57,7 @@ def all_specimens() -> Iterator[Specimen]:
     yield from of_quant(small)
     yield from of_norm(small)
     yield from of_norm(large)
+    yield specimen("rms, C=20480", norm.norm, meta(1, 1560, 20480), kind="rms")
     yield from of_rope_kv(small)
     yield from of_gemm(small)
     yield from of_gemm(large)
@@ -166,6 +167,9 @@ def of_attention(config: ModelConfig) -> Iterator[Specimen]:
     qkv = [meta(1, 4096, H, config.head_dim) for _ in range(3)]
     for qk in FORMATS:
         yield specimen(f"plain, qk {qk}, pv fp8", attention.attention, *qkv, qk=qk, pv="fp8")
+    case = "plain, qk int8, pv fp16, mean of the sequence"
+    low = {"qk": "int8", "pv": "fp16", "smooth": "sequence"}
+    yield specimen(case, attention.attention, *qkv, **low)
 
 
 def of_sla(config: ModelConfig) -> Iterator[Specimen]:
