@@ -8,7 +8,6 @@
 #include <type_traits>
 
 #include "common/encode.h"
-#include "common/reduce.h"
 #include "common/vector.h"
 #include "norm/norm.h"
 
@@ -100,7 +99,7 @@ DEVICE void subtract(float (&x)[kSize], float mean, bool inside) {
   for (int e = 0; e < kSize; e++) x[e] -= centre;
 }
 
-// --- Sums over a row -----------------------------------------------------------------------------
+// --- Sums ---------------------------------------------------------------------------------------
 
 template <int kSize>
 DEVICE float sum_of(const float (&x)[kSize]) {
@@ -116,19 +115,6 @@ DEVICE float squares_of(const float (&x)[kSize]) {
 #pragma unroll
   for (int e = 1; e < kSize; e++) sum = fmaf(x[e], x[e], sum);
   return sum;
-}
-
-// Over the warps of a row; all threads add in the same order, so that all have the same bits.
-// NOTE: two calls take turns with two arrays: who is late may still read the one before.
-DEVICE float row_sum(float value, float* partial, int warps) {
-  value = warp_reduce(value, Sum());
-  if (warps == 1) return value;
-  if (lane_index() == 0) partial[warp_index()] = value;
-  sync_block();
-  value = 0.0f;
-#pragma unroll 2
-  for (int warp = 0; warp < warps; warp++) value += partial[warp];
-  return value;
 }
 
 // --- y in 8 bits ---------------------------------------------------------------------------------
@@ -245,7 +231,8 @@ HOST_DEVICE bool is_modulated(const NormParams& p) {
   return p.weight || p.bias || p.scale || p.shift;
 }
 
-// The columns of one piece in this thread's part of the table: no bank is asked twice.
+// Four columns in 16 bytes of shared memory; `table` begins at this thread's.  No bank is asked
+// twice.
 template <int kSize>
 DEVICE void put(Vector<float>* table, int slot, const float (&from)[kSize]) {
 #pragma unroll
@@ -263,6 +250,32 @@ DEVICE void get(const Vector<float>* table, int slot, float (&to)[kSize]) {
 #pragma unroll
     for (int e = 0; e < 4; e++) to[i + e] = four.at[e];
   }
+}
+
+// --- On the host ---------------------------------------------------------------------------------
+
+// Whether every tensor has its rows in aligned pieces of `size` columns.
+inline bool is_aligned(const NormParams& p, int size) {
+  uint64_t off = 0;  // a low bit for every misfit
+  const auto row = [&](const void* array, Dtype dtype, int64_t stride_b, int64_t stride_row) {
+    const int64_t strides = (p.B > 1 ? stride_b : 0) | stride_row;
+    if (array) off |= reinterpret_cast<uintptr_t>(array) | strides * size_of(dtype);
+  };
+  const auto frame = [&](const void* array, Dtype dtype, int64_t stride_b, int64_t stride_f,
+                         int64_t stride_c, int rows) {
+    row(array, dtype, stride_b, rows < p.L ? stride_f : 0);
+    if (array && stride_c != 1) off |= 1;
+  };
+  row(p.x, p.x_dtype, p.stride_xb, p.L > 1 ? p.stride_xl : 0);
+  row(p.h, p.x_dtype, p.stride_hb, p.L > 1 ? p.stride_hl : 0);
+  row(p.x_new, p.x_dtype, 0, 0);
+  row(p.y, p.y_dtype, 0, 0);
+  frame(p.weight, p.weight_dtype, 0, 0, p.stride_wc, p.L);
+  frame(p.bias, p.bias_dtype, 0, 0, p.stride_bc, p.L);
+  frame(p.gate, p.gate_dtype, p.stride_gb, p.stride_gf, p.stride_gc, p.gate_rows);
+  frame(p.scale, p.scale_dtype, p.stride_cb, p.stride_cf, p.stride_cc, p.scale_rows);
+  frame(p.shift, p.shift_dtype, p.stride_sb, p.stride_sf, p.stride_sc, p.shift_rows);
+  return p.C % size == 0 && off % 16 == 0;
 }
 
 }  // namespace norm_sm80

@@ -22,6 +22,7 @@
 // add itemsize, from L2, and 16 / C.
 #include "common/approx.h"
 #include "common/launch.h"
+#include "common/reduce.h"
 #include "common/shared.h"
 #include "norm/pieces.h"
 
@@ -54,6 +55,19 @@ struct SharedStorage {
 struct alignas(8) Statistics {
   float mean, inverse;  // 1 / sigma
 };
+
+// Over the warps of a row; all threads add in the same order, so that all have the same bits.
+// NOTE: two calls take turns with two arrays: who is late may still read the one before.
+DEVICE float row_sum(float value, float* partial, int warps) {
+  value = warp_reduce(value, Sum());
+  if (warps == 1) return value;
+  if (lane_index() == 0) partial[warp_index()] = value;
+  sync_block();
+  value = 0.0f;
+#pragma unroll 2
+  for (int warp = 0; warp < warps; warp++) value += partial[warp];
+  return value;
+}
 
 // --- Rows ----------------------------------------------------------------------------------------
 
@@ -373,30 +387,6 @@ inline Plan plan_of(const NormParams& p, int size) {
   const int rows = min(ceil_div(p.B * p.L, at_once), Config::kMaxRows);
   best.rows = ceil_div(p.segment_rows, ceil_div(p.segment_rows, rows));
   return best;
-}
-
-// Whether every tensor has its rows in aligned pieces of 16 bytes, or what else `size` columns are.
-inline bool is_aligned(const NormParams& p, int size) {
-  uint64_t off = 0;  // a low bit for every misfit
-  const auto row = [&](const void* array, Dtype dtype, int64_t stride_b, int64_t stride_row) {
-    const int64_t strides = (p.B > 1 ? stride_b : 0) | stride_row;
-    if (array) off |= reinterpret_cast<uintptr_t>(array) | strides * size_of(dtype);
-  };
-  const auto frame = [&](const void* array, Dtype dtype, int64_t stride_b, int64_t stride_f,
-                         int64_t stride_c, int rows) {
-    row(array, dtype, stride_b, rows < p.L ? stride_f : 0);
-    if (array && stride_c != 1) off |= 1;
-  };
-  row(p.x, p.x_dtype, p.stride_xb, p.L > 1 ? p.stride_xl : 0);
-  row(p.h, p.x_dtype, p.stride_hb, p.L > 1 ? p.stride_hl : 0);
-  row(p.x_new, p.x_dtype, 0, 0);
-  row(p.y, p.y_dtype, 0, 0);
-  frame(p.weight, p.weight_dtype, 0, 0, p.stride_wc, p.L);
-  frame(p.bias, p.bias_dtype, 0, 0, p.stride_bc, p.L);
-  frame(p.gate, p.gate_dtype, p.stride_gb, p.stride_gf, p.stride_gc, p.gate_rows);
-  frame(p.scale, p.scale_dtype, p.stride_cb, p.stride_cf, p.stride_cc, p.scale_rows);
-  frame(p.shift, p.shift_dtype, p.stride_sb, p.stride_sf, p.stride_sc, p.shift_rows);
-  return p.C % size == 0 && off % 16 == 0;
 }
 
 template <class T>

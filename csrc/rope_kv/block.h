@@ -39,7 +39,8 @@ struct Statistics {
   float mean[C::kColumns], scale[C::kColumns], inverse[C::kColumns];
 };
 
-// A float is the sum of three bfloat16, a float16 of two: one tile [64][kSlice] of each term.
+// A float is the sum of three bfloat16, a float16 of two: one tile [64][kSlice] of each term, a
+// token after the other, its 16-byte chunks swizzled.
 constexpr int kTerms = 3;
 template <class T>
 HOST_DEVICE int terms_of(Dtype dtype) {
@@ -87,7 +88,9 @@ struct Owner {
   }
 };
 
-// The thread's chunks of a block of tokens that begins at element `first`.
+// The thread's chunks of a block of tokens that begins at element `first`.  Those of 16 bits are on
+// their way as soon as it is made and stay packed; wider ones would take too many registers, and
+// come each time they are read.
 template <int kLanes, class T>
 struct Incoming {
   const Owner<kLanes>& me;
@@ -99,7 +102,7 @@ struct Incoming {
   DEVICE Incoming(const Owner<kLanes>& me, const void* array, Dtype dtype, int64_t first,
                   int64_t stride)
       : me(me), array(array), dtype(dtype), first(first), stride(stride) {
-    if constexpr (sizeof(T) == 2)  // all on their way now; wider ones would take too many registers
+    if constexpr (sizeof(T) == 2)
 #pragma unroll
       for (int i = 0; i < Config<kLanes>::kRows; i++) words[i] = load(i);
   }

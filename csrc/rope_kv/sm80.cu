@@ -38,8 +38,10 @@ struct WriteStorage {
     Tiles<kLanes> tiles;  // the last of which there are as many as values have terms
   };
 };
+static_assert(sizeof(WriteStorage<32>) <= 99 * 1024, "what every GPU lets a block have");
 
-// Blocks that an SM holds at least, to have so many threads; the general kernel has what it needs.
+// Blocks that an SM holds at least, to have so many threads (512 of float); the general kernel
+// takes the registers that it needs.
 template <int kLanes, class T, int kThreads>
 constexpr int kBlocks = kWide<T> ? (sizeof(T) == 2 ? kThreads : 512) / Config<kLanes>::kThreads : 1;
 
@@ -60,7 +62,8 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 7
   using C = Config<kLanes>;
   auto& shared = shared_storage<QueryStorage<kLanes>>();
 
-  // Which tokens, offset and heads; blocks that read the same queries run together
+  // Which tokens, offset and heads.  Neighbouring blocks of threads share the table's rows, or with
+  // other offsets the queries, in L2
   const int blocks = ceil_div(p.L, kTokens), groups = ceil_div(p.H, group), width = p.H * p.D;
   int rest = static_cast<int>(blockIdx.x);
   const int first_head = rest % groups * group;
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 7
   }
 
   auto process = [&](int head) {
-    const Owner<kLanes> me(opaque(thread), p.D, count);
+    const Owner<kLanes> me(opaque(thread), p.D, count);  // or addresses of all heads take registers
     const int channel = head * p.D;
     const int64_t to = ((o * p.B + b) * p.L + start) * width + channel;
 
@@ -101,7 +104,7 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 7
       me.template store<T>(static_cast<X*>(p.out) + to, x, width);
     });
 
-    // Encode what was stored
+    // Encode what was stored.  Two places for peaks: a warp may be a head ahead of the readers
 #pragma unroll
     for (int j = 0; j < C::kCount; j++) peak = max_magnitude(peak, x[j]);
     peak = block_reduce<C::kWarps>(peak, shared.peak[head % 2], MaxMagnitude());
@@ -177,12 +180,12 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 5
   }
 
   auto process = [&](int head) {
-    const Owner<kLanes> me(opaque(thread), p.D, count);
+    const Owner<kLanes> me(opaque(thread), p.D, count);  // or addresses of all heads take registers
     const int channel = head * p.D;
     const int64_t to = ((b * p.S + slot) * blocks + block) * p.H + head;  // of a block and head
     const int64_t token_to = ((b * p.S + slot) * p.N + block * kTokens) * width + channel;
 
-    // Load both, norm and rotate keys
+    // Load both, norm and rotate keys.  Values wait as they came, half the registers of floats
     const Incoming<kLanes, T> keys(me, p.k, p.k_dtype,
                                    b * p.stride_kb + start * p.stride_kl + channel, p.stride_kl);
     const Incoming<kLanes, T> values(me, p.v, p.v_dtype,
@@ -192,7 +195,7 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 5
     for (int i = 0; i < C::kRows; i++) keys.read(i, k + i * kChunk);
     norm_and_rotate<kLanes, T>(k, p, factor, table, channel, me);
 
-    // Mean key and largest value of each channel
+    // Mean key and largest value of each channel; values into their tiles, which overlap nothing
     float sum[kChunk] = {}, peak[kChunk] = {};
 #pragma unroll
     for (int i = 0; i < C::kRows; i++) {
@@ -209,12 +212,12 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 5
       if (p.k_mean || p.v_scale) {
         leave_partial<kLanes>(sum, statistics.sum[warp_index()], Sum());
         leave_partial<kLanes>(peak, statistics.peak[warp_index()], MaxMagnitude());
-        sync_block();
+        sync_block();  // every warp has left its part
         finish_statistics<kLanes>(p, statistics, to * p.D, me.count);
-        sync_block();
+        sync_block();  // and every channel is finished
       }
 
-      // Values
+      // Values, encoded with the scale of their channel
       float scale[kChunk], inverse[kChunk];
       if (p.v_scale) {
         read_slots<kLanes>(scale, statistics.scale);
@@ -262,9 +265,10 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 5
     }
     if (!p.h) return;
 
-    // Features times values.  All have read the statistics, which tiles replace
+    // Features times values.  Statistics have been read: by all before the barrier in block_reduce,
+    // or, of a plain cache, before the one that finished them
     store_features<kLanes>(shared.tiles, k, p.phi, (me.column - d0) / kChunk, me);
-    sync_block();
+    sync_block();  // the tiles are whole
     multiply_tiles<kLanes, kWide<T>>(
         shared.tiles, p.h + (to * p.D + d0) * p.D + e0, e0 == 0 ? p.z + to * p.D + d0 : nullptr,
         p.D, min(p.D - d0, C::kSlice), min(p.D - e0, C::kSlice), me.count, terms);
@@ -294,13 +298,19 @@ inline bool fits_grid(int64_t blocks) { return blocks <= 0x7fffff00; }
 // Whether an offset in a block of tokens has 32 bits.
 inline bool fits_block(int64_t stride) { return stride * kTokens <= 0xffffffff; }
 
-// Heads of one block: as many as leave three blocks to every SM, evenly; in general one.
+// Heads of one block, of which an SM holds `resident`: as many as make the fewest rounds over all
+// SMs times the length of a round, its heads and half of one to begin.  In general one.
 template <class T>
-int heads_of_block(int64_t blocks_per_head, int H, int processors) {
-  if (!kWide<T>) return 1;
-  const int64_t spare = blocks_per_head * H / (3 * (processors > 0 ? processors : 1));
-  const int most = spare < 1 ? 1 : spare < H ? static_cast<int>(spare) : H;
-  return ceil_div(H, ceil_div(H, most));
+int heads_of_block(int64_t blocks_per_head, int H, int64_t processors, int resident) {
+  const int64_t slots = (processors > 0 ? processors : 1) * resident;
+  int best = 1;
+  int64_t least = -1;
+  for (int group = 1; group <= (kWide<T> ? H : 1); group++) {
+    const int64_t rounds = (blocks_per_head * ceil_div(H, group) + slots - 1) / slots;
+    const int64_t time = rounds * (2 * group + 1);
+    if (least < 0 || time < least) least = time, best = group;
+  }
+  return best;
 }
 
 inline cudaError_t launch_inverse(const InverseParams& p, bool wide, cudaStream_t stream) {
@@ -320,7 +330,7 @@ cudaError_t for_type(bool wide, Dtype dtype, F launch_of) {
 template <int kLanes, class T>
 cudaError_t launch_query(const QueryInt8Params& p, cudaStream_t stream) {
   const int64_t units = int64_t{p.O} * p.B * ceil_div(p.L, kTokens);
-  const int group = heads_of_block<T>(units, p.H, p.processors);
+  const int group = heads_of_block<T>(units, p.H, p.processors, kBlocks<kLanes, T, 768>);
   const int64_t blocks = units * ceil_div(p.H, group);
   if (!fits_grid(blocks)) return cudaErrorInvalidValue;
   const Launch how{dim3(static_cast<unsigned>(blocks)), Config<kLanes>::kThreads,
@@ -332,7 +342,7 @@ template <int kLanes, class T>
 cudaError_t launch_write(const WriteCacheParams& p, cudaStream_t stream) {
   using Storage = WriteStorage<kLanes>;
   const int64_t units = int64_t{p.B} * p.F * ceil_div(p.N, kTokens);
-  const int group = heads_of_block<T>(units, p.H, p.processors);
+  const int group = heads_of_block<T>(units, p.H, p.processors, kBlocks<kLanes, T, 512>);
   const int side = p.h ? ceil_div(p.D, Config<kLanes>::kSlice) : 1;
   const int64_t blocks = units * ceil_div(p.H, group) * side * side;
   if (!fits_grid(blocks)) return cudaErrorInvalidValue;

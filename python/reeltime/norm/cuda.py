@@ -15,10 +15,13 @@ from reeltime.norm import api
 
 FLOATS = native.DTYPES[:3]
 KINDS = {"layer": 0, "rms": 1}
+MOST_TOKENS = 1 << 30
 
 
 def refuses(x: Tensor, *rest: Any) -> str | None:
-    """Dtypes that no kernel reads: the modulation may differ from x, but not in every way."""
+    """The modulation may have another dtype than x, but not every one."""
+    if x.shape[0] * x.shape[1] > MOST_TOKENS:
+        return f"its kernels count up to {MOST_TOKENS} tokens"
     for value in rest:
         if isinstance(value, Tensor) and value.dtype not in FLOATS:
             return f"its kernels read float32, bfloat16 and float16, not {value.dtype}"
@@ -125,18 +128,18 @@ def norm(x: Tensor, *options: Any) -> Tensor:
 def norm_quantized(
     x: Tensor, dtype: torch.dtype, block_rows: int, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return run(x, None, None, dtype, block_rows, *options)[1:]  # type: ignore[return-value]
+    return run(x, None, None, dtype, block_rows, *options)[1:]
 
 
 @api.GATED.kernel("cuda", unless=unless(0, check=refuses_gated))
 def gated_residual_norm(
     x: Tensor, h: Tensor, gate: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    return run(x, h, gate, None, 1, *options)[:2]  # type: ignore[return-value]
+    return run(x, h, gate, None, 1, *options)[:2]
 
 
 @api.GATED_QUANTIZED.kernel("cuda", unless=unless(0, check=refuses_gated))
 def gated_residual_norm_quantized(
     x: Tensor, h: Tensor, gate: Tensor | None, dtype: torch.dtype, block_rows: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return run(x, h, gate, dtype, block_rows, *options)  # type: ignore[return-value]
+    return run(x, h, gate, dtype, block_rows, *options)
