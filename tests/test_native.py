@@ -133,3 +133,39 @@ def test_cuda_is_preferred_on_gpus_and_reported():
     cells = {(row["family"], row["backend"]): row for row in backends.support_matrix()}
     for family in _C.cuda_families:
         assert cells[family, "cuda"]["available"]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_launch_takes_the_current_stream_of_the_tensors_device(monkeypatch, index):
+    """Device 0 is current: device 1 is made so for the launch, and for nothing else."""
+    calls, entered = [], []
+
+    class Extension:
+        @staticmethod
+        def quantize(sm, stream, **values):
+            calls.append((sm, stream, values, list(entered)))
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.clear()
+
+    class Stream:
+        def __init__(self, device):
+            self.cuda_stream = 100 + device.index
+
+    monkeypatch.setattr(native, "_C", Extension)
+    monkeypatch.setattr(native, "arch_of", lambda device: arch.ARCHS[3])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    device, x = torch.device("cuda", index), torch.ones(4)
+    native.launch("quantize", device, x=x, xq=None, M=3)
+    other = [device] if index else []
+    assert calls == [(90, 100 + index, {"x": x.data_ptr(), "xq": None, "M": 3}, other)]
+    assert entered == []
