@@ -5,19 +5,17 @@ with the kernel's roundings of probabilities: bit for bit where scores are power
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import emulate
 import parameters
 import pytest
 import torch
+from device_build import device_build, needs_nvcc
 from emulated import emulated
 from torch import Tensor
 
@@ -553,28 +551,14 @@ def test_no_bank_conflicts():
 # --- The device build -----------------------------------------------------------------------------
 
 
-def disassembler() -> str | None:
-    """From the CUDA toolkit or from Triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    wheel = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
-    return shutil.which("nvdisasm") or (wheel and shutil.which("nvdisasm", path=str(wheel)))
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@needs_nvcc
 def test_device_build(tmp_path):
     """No spills, and no word of serialised products (C7510 and its like) or of an ignored
     setmaxnreg.  Products in three places: the first scores, the loop, the last values."""
-    made = tmp_path / "sm90a.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", "-cubin", "-gencode=arch=compute_90a,code=sm_90a"]
-    command += ["-Xptxas=-v", f"-I{emulate.CSRC}", str(SOURCES[0]), "-o", str(made)]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spills == [("0", "0")] * 4
-    assert not re.search(r"C7\d\d\d|warning", report)
-    if not (tool := disassembler()):
-        return
-    code = subprocess.run([tool, "-c", str(made)], capture_output=True, text=True, check=True)
-    kernels = re.split(r"(?m)^\.text\.", code.stdout)[1:]
+    build = device_build(SOURCES[0], "90a", tmp_path)
+    assert build.spills == [("0", "0")] * 4
+    assert not re.search(r"C7\d\d\d|warning", build.report)
+    kernels = build.kernels()
     for kernel in kernels:
         format, D = re.search(r"attention_kernel\w*?(float16|e4m3)ELi(\d+)", kernel).groups()
         keys, values = (int(D) // 32, 4) if format == "float16" else (int(D) // 32, 2)

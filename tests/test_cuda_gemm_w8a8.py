@@ -4,17 +4,14 @@ for bit where sums are exact, within TOLERANCE of float64 elsewhere."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import emulate
 import parameters
 import pytest
 import torch
+from device_build import device_builds, needs_nvcc
 from emulated import emulated
 
 from reeltime import arch, backends, checks, gemm_w8a8, native, quant
@@ -433,40 +430,21 @@ TARGETS = {
 }
 
 
-def disassembler() -> str | None:
-    """From the CUDA toolkit or from Triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    wheel = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
-    return shutil.which("nvdisasm") or (wheel and shutil.which("nvdisasm", path=str(wheel)))
-
-
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory):
-    """By target: the file, and what ptxas said."""
-    folder = tmp_path_factory.mktemp("cubins")
-
-    def compiled(target):
-        made = folder / f"{target}.cubin"
-        command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{target}", "-Xptxas=-v"]
-        command += [f"-I{emulate.CSRC}", str(emulate.CSRC / "gemm_w8a8/sm80.cu"), "-o", str(made)]
-        return made, subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-    with ThreadPoolExecutor(len(TARGETS)) as pool:
-        return dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
+    return device_builds(
+        emulate.CSRC / "gemm_w8a8/sm80.cu", list(TARGETS), tmp_path_factory.mktemp("builds")
+    )
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("target", TARGETS)
 def test_device_build(cubins, target):
     """No spills; 64 products per K block, in a loop without conversions; without products of
     e4m3, its kernels are empty."""
-    made, report = cubins[target]
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    spills = cubins[target].spills
     assert spills == [("0", "0")] * 4
-    if not (tool := disassembler()):
-        return
-    code = subprocess.run([tool, "-c", str(made)], capture_output=True, text=True, check=True)
-    kernels = re.split(r"(?m)^\.text\.", code.stdout)[1:]
+    kernels = cubins[target].kernels()
     for name in FORMATS:
         mine = [k for k in kernels if ("e4m3" in k.split("\n")[0]) == (name == "fp8")]
         assert len(mine) == 2

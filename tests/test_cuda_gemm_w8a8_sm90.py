@@ -5,17 +5,16 @@ exact, within TOLERANCE of float64 elsewhere, by every tile, alone and in cluste
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import itertools
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import emulate
 import parameters
 import pytest
 import torch
+from device_build import device_build, needs_nvcc
 from emulated import emulated
 
 from reeltime import backends, checks, gemm_w8a8, native, quant
@@ -581,29 +580,15 @@ def test_no_bank_conflicts(four):
 # --- The device build ---------------------------------------------------------------------------
 
 
-def disassembler() -> str | None:
-    """From the CUDA toolkit or from Triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    wheel = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
-    return shutil.which("nvdisasm") or (wheel and shutil.which("nvdisasm", path=str(wheel)))
-
-
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@needs_nvcc
 def test_device_build(tmp_path):
     """No spills, and no word of serialised products (C7510 and its like) or of an ignored
     setmaxnreg.  Four products per K block, for they are issued in one place, and a conversion per
     sum of int8 alone; no fence of the whole device in the loop."""
-    made = tmp_path / "sm90a.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", "-cubin", "-gencode=arch=compute_90a,code=sm_90a"]
-    command += ["-Xptxas=-v", f"-I{emulate.CSRC}", str(SOURCES[0]), "-o", str(made)]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spills == [("0", "0")] * 6
-    assert not re.search(r"C7\d\d\d|warning", report)
-    if not (tool := disassembler()):
-        return
-    code = subprocess.run([tool, "-c", str(made)], capture_output=True, text=True, check=True)
-    kernels = re.split(r"(?m)^\.text\.", code.stdout)[1:]
+    build = device_build(SOURCES[0], "90a", tmp_path)
+    assert build.spills == [("0", "0")] * 6
+    assert not re.search(r"C7\d\d\d|warning", build.report)
+    kernels = build.kernels()
     found = set()
     for kernel in kernels:
         low, groups, columns = re.search(r"gemm_kernelI(a|\w*e4m3E)Li(\d)ELi(\d+)", kernel).groups()

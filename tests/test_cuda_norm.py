@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import re
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import emulate
 import parameters
 import pytest
 import torch
+from device_build import device_builds, needs_nvcc
 from emulated import emulated
 
 from reeltime import checks, native, norm, quant
@@ -552,40 +550,21 @@ def test_mistake_is_noticed(name, mutated):
 TARGETS = ("80", "90a", "120a")
 
 
-def disassembler() -> str | None:
-    """From the CUDA toolkit or from Triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    wheel = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
-    return shutil.which("nvdisasm") or (wheel and shutil.which("nvdisasm", path=str(wheel)))
-
-
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory):
-    """By target: the file, and what ptxas said."""
-    folder = tmp_path_factory.mktemp("cubins")
-
-    def compiled(target):
-        made = folder / f"{target}.cubin"
-        command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{target}", "-Xptxas=-v"]
-        command += [f"-I{emulate.CSRC}", str(emulate.CSRC / "norm/sm80.cu"), "-o", str(made)]
-        return made, subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
+    return device_builds(
+        emulate.CSRC / "norm/sm80.cu", list(TARGETS), tmp_path_factory.mktemp("builds")
+    )
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("target", TARGETS)
 def test_device_build(cubins, target):
     """No spills, no stack; 16 bytes per access to x, to y and to the table in shared memory; one
     instruction for the maximum that keeps NaN."""
-    made, report = cubins[target]
     used = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    assert re.findall(used, report) == [("0", "0", "0")] * 21
-    if not (tool := disassembler()):
-        return
-    code = subprocess.run([tool, "-c", str(made)], capture_output=True, text=True, check=True)
-    kernels = re.split(r"(?m)^\.text\.", code.stdout)[1:]
+    assert re.findall(used, cubins[target].report) == [("0", "0", "0")] * 21
+    kernels = cubins[target].kernels()
     rows = [kernel for kernel in kernels if "11rows_kernelI" in kernel.split("\n")[0]]
     assert len(rows) == 9
     for kernel in rows:

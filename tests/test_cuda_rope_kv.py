@@ -4,17 +4,15 @@ bits against their own 32."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import emulate
 import parameters
 import pytest
 import torch
+from device_build import device_builds, needs_nvcc
 from emulated import emulated
 
 from reeltime import checks, native, rope_kv
@@ -686,39 +684,19 @@ def test_no_bank_conflicts(head_dim):
 TARGETS = ("80", "120a")
 
 
-def disassembler() -> str | None:
-    """From the CUDA toolkit or from Triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    wheel = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
-    return shutil.which("nvdisasm") or (wheel and shutil.which("nvdisasm", path=str(wheel)))
-
-
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory):
-    """By target: the file, and what ptxas said."""
     folder = tmp_path_factory.mktemp("cubins")
-
-    def compiled(target):
-        made = folder / f"{target}.cubin"
-        command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{target}", "-Xptxas=-v"]
-        command += [f"-I{emulate.CSRC}", str(SOURCE / MAIN), "-o", str(made)]
-        return made, subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-    with ThreadPoolExecutor(len(TARGETS)) as pool:
-        return dict(zip(TARGETS, pool.map(compiled, TARGETS), strict=True))
+    return device_builds(SOURCE / MAIN, list(TARGETS), folder)
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("target", TARGETS)
 def test_device_build(cubins, target):
     """No spills; 16-byte accesses, and where h is made products of bfloat16 from ldmatrix."""
-    made, report = cubins[target]
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    spills = cubins[target].spills
     assert spills == [("0", "0")] * (2 + 4 + 6 + 6)
-    if not (tool := disassembler()):
-        return
-    code = subprocess.run([tool, "-c", str(made)], capture_output=True, text=True, check=True)
-    kernels = re.split(r"(?m)^\.text\.", code.stdout)[1:]
+    kernels = cubins[target].kernels()
     for kernel in kernels:
         name = kernel.split(":")[0]
         assert ("HMMA.16816.F32.BF16" in kernel) == ("write_cache" in name)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import itertools
-import os
 import re
 import shutil
 import subprocess
@@ -95,12 +93,41 @@ def multicast(library: Library, mistake: int = 0, **how: object) -> None:
     np.testing.assert_array_equal(out, np.stack([x, x]))
 
 
+def split(library: Library, mistake: int = 0, way: int = 2, **how: object) -> None:
+    S, M, N = 4, 3, 256
+    x = np.random.default_rng(0).integers(-1000, 1000, (S, M, N)).astype(np.int32)
+    outputs = dict(
+        partial=np.zeros_like(x),
+        count=np.zeros(M + 1, np.int32),
+        out=np.full((M, N), -1, np.int32),
+        total=np.full(N, -1, np.int32),
+        begun=np.zeros(M, np.int32),
+    )
+    fields = dict(x=x, **outputs, M=M, S=S, way=way, mistake=mistake)
+    library.run("split_sm80", fields, list(outputs), **how)
+    np.testing.assert_array_equal(outputs["out"], x.sum(0))
+    np.testing.assert_array_equal(outputs["total"], x.sum((0, 1)))
+    np.testing.assert_array_equal(outputs["begun"], 1)
+    assert not outputs["partial"].any()
+    assert not outputs["count"].any()
+
+
+def in_place(library: Library, mistake: int = 0, **how: object) -> None:
+    x = random_bytes(4, 32, 32).astype(np.int32)
+    outputs = dict(y=x.copy(), note=np.zeros(4, np.int32), neighbour=np.zeros(4, np.int32))
+    library.run("in_place_sm90", dict(**outputs, tiles=4, mistake=mistake), list(outputs), **how)
+    np.testing.assert_array_equal(outputs["y"], x + 1)
+    np.testing.assert_array_equal(outputs["neighbour"], [1, 0, 3, 2])
+
+
 KERNELS = {
     "copy_sm80": copy,
     "gemm_sm80": functools.partial(gemm, "gemm_sm80"),
     "gemm_sm90": functools.partial(gemm, "gemm_sm90"),
     "reduce_rows": reduce_rows,
     "multicast_sm90": multicast,
+    "split_sm80": split,
+    "in_place_sm90": in_place,
 }
 
 
@@ -115,6 +142,8 @@ def test_correct_kernel_is_exact_under_every_schedule(libraries, kernel, flavour
 
 THREAD = r"block \(\d+,\d+,0\) thread \(\d+,0,0\)( of rank \d)?: "
 BYTE = r"shared byte \d+"
+OTHER = r"block \(\d+,\d+,0\) thread \(\d+,0,0\)"
+UNFENCED = rf"after a \w+ by {OTHER} .*that no atomic between fence_device\(\) orders before it"
 # What the report must say, beside kernel, block, thread and line.
 PLANTED = [
     ("copy_sm80", "MissingBarrier", rf"load reads {BYTE}, which nobody has written|load .*{BYTE}"),
@@ -122,11 +151,7 @@ PLANTED = [
     ("copy_sm80", "ShallowWait", rf"load \(read\) of {BYTE}, which an asynchronous copy .* wait"),
     ("copy_sm80", "SharedOverrun", "cp.async: shared bytes 6144 to 6159 are outside .* 6144"),
     ("copy_sm80", "SharedOverrunPlain", r"load of 16 bytes at shared byte \d+, outside .* 6144"),
-    (
-        "copy_sm80",
-        "GlobalOverrun",
-        r"cp.async \(read\) of 16 bytes .* byte -?\d+ of x, .* 4096",
-    ),
+    ("copy_sm80", "GlobalOverrun", r"cp.async \(read\) of 16 .* byte -?\d+ of x, .* 4096"),
     ("copy_sm80", "GlobalOverrunPlain", r"store \(write\) of 1 .* byte 40962 of y, .* 40960"),
     ("copy_sm80", "WriteToInput", r"store writes byte \d+ of x, which is an input"),
     ("copy_sm80", "Misaligned", rf"cp.async: {BYTE} is not aligned to 16"),
@@ -135,17 +160,13 @@ PLANTED = [
     ("gemm_sm80", "ShallowWait", rf"ldmatrix \(read\) of {BYTE}, which an asynchronous copy"),
     ("gemm_sm80", "Misaligned", rf"ldmatrix: {BYTE} is not aligned to 16"),
     ("gemm_sm80", "Uninitialised", rf"ldmatrix reads {BYTE}, which nobody has written"),
-    ("gemm_sm80", "GlobalOverrunPlain", r"store \(write\) of 4 bytes .* of out, which has 28800"),
+    ("gemm_sm80", "GlobalOverrunPlain", rf"store .* of out, (which has 28800|{UNFENCED})"),
     ("gemm_sm90", "MissingBarrier", rf"no (mbarrier at|barrier orders).*|{BYTE}"),
     ("gemm_sm90", "MissingWait", rf"wgmma .*{BYTE}"),
     ("gemm_sm90", "WrongPhase", rf"(wgmma .*|try_wait at ){BYTE}"),
     ("gemm_sm90", "MissingEmptyWait", rf"(more arrivals|TMA load \(write\) of {BYTE})"),
     ("gemm_sm90", "MissingRelease", rf"deadlock: .*try_wait at {BYTE}, parity 0"),
-    (
-        "gemm_sm90",
-        "ExtraRelease",
-        rf"TMA load \(write\) of {BYTE}, after a read by thread|more arr",
-    ),
+    ("gemm_sm90", "ExtraRelease", rf"TMA load .* of {BYTE}, after a read by thread|more arr"),
     ("gemm_sm90", "HalfRelease", rf"TMA load \(write\) of {BYTE}, after a read by thread \(192"),
     ("gemm_sm90", "MissingProductWait", rf"{BYTE}, which an asynchronous operation may still read"),
     ("gemm_sm90", "MissingProductFence", "wgmma without wgmma.fence"),
@@ -159,6 +180,25 @@ PLANTED = [
     ("reduce_rows", "Deadlock", r"deadlock: .* 63 more wait in bar.sync 1, 128"),
     ("multicast_sm90", "MissingBarrier", r"no (mbarrier at|barrier orders)"),
     ("multicast_sm90", "HalfRelease", rf"deadlock|more arrivals|TMA load .*{BYTE}"),
+    ("split_sm80", "MissingBarrier", rf"cp.async \(read\) of byte \d+ of partial, {UNFENCED}"),
+    ("split_sm80", "MissingFence", rf"cp.async \(read\) of byte \d+ of partial, {UNFENCED}"),
+    ("split_sm80", "MissingSecondFence", rf"\(read\) of byte \d+ of partial, {UNFENCED}"),
+    ("split_sm80", "EarlyReset", rf"atom.add \(write\) of byte \d+ of count, {UNFENCED}"),
+    ("split_sm80", "Overlap", rf"store \(write\) of byte \d+ of partial, {UNFENCED}"),
+    ("split_sm80", "SameValue", rf"store \(write\) of byte \d+ of begun, {UNFENCED}"),
+    ("split_sm80", "LateRead", rf"store \(write\) of byte \d+ of out, {UNFENCED}"),
+    ("split_sm80", "StaleCache", rf"byte \d+ of partial, which is not constant: .* by {OTHER}"),
+    ("split_sm80", "EarlyReuse", rf"store .* of partial, which .* {OTHER} .* may still read"),
+    ("in_place_sm90", "MissingBarrier", rf"of byte \d+ of note, after a \w+ by {OTHER} .* barrier"),
+    ("in_place_sm90", "EarlyRead", rf"of byte \d+ of note, after a \w+ by {OTHER} .* barrier"),
+    ("in_place_sm90", "MissingWait", r"store .* of y, (after a read by a TMA load|which an async)"),
+    (
+        "in_place_sm90",
+        "MissingProxyFence",
+        rf"TMA load of byte \d+ of y, written by {OTHER}.* fence",
+    ),
+    ("in_place_sm90", "ReadBack", rf"load .* of y, after a write by {OTHER} .*, a TMA store"),
+    ("in_place_sm90", "Overlap", r"TMA \w+ .* of y, after a (write|read) by .*block \(\d,0,0\)"),
 ]
 
 
@@ -187,6 +227,17 @@ def test_every_mistake_is_planted_and_expected():
     expected = {(kernel, mistake) for kernel, mistake, _ in PLANTED}
     assert made - expected == {("reduce_rows", "LocalOverrun")}  # sanitizers
     assert {mistake for _, mistake in made} == set(MISTAKES) - {"None"}
+
+
+@pytest.mark.parametrize("way", [0, 1, 2], ids=["plain", "streaming", "cp.async"])
+@pytest.mark.parametrize("mistake", ["MissingFence", "MissingSecondFence", None])
+def test_order_between_blocks_whatever_reads(libraries, mistake, way):
+    for how in RUNS:
+        if mistake is None:
+            split(libraries["race"], way=way, **how)
+            continue
+        with pytest.raises(EmulationError, match=rf"\(read\) of byte \d+ of partial, {UNFENCED}"):
+            split(libraries["race"], MISTAKES.index(mistake), way, **how)
 
 
 def test_accumulator_read_before_the_wait_is_reported(libraries):
@@ -397,8 +448,10 @@ def test_mma_and_matrix_moves(libraries, name, flavour):
     np.testing.assert_array_equal(again[:2], matrices[:2])
 
 
-@pytest.mark.parametrize("N", [64, 128, 256])
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize(
+    "name, N",
+    [*itertools.product(NUMBERS, range(64, 257, 32)), ("e4m3", 72), ("e4m3", 136)],
+)
 def test_wgmma(libraries, name, N):
     number, dtype = NUMBERS[name]
     a, b = operand(64, 128, dtype, 0), operand(N, 128, dtype, 1)
@@ -408,7 +461,7 @@ def test_wgmma(libraries, name, N):
         stored = b.T.contiguous() if columns else b
         d = np.zeros((64, N), np.uint32)
         fields = dict(a=a, b=stored, d=d, N=N, type=number, registers=registers, columns=columns)
-        libraries["race" if N == 64 else "plain"].run("wgmma_sm90", fields, ["d"])
+        libraries["race" if N < 128 else "plain"].run("wgmma_sm90", fields, ["d"])
         check_product(d, a, b)
 
 
@@ -444,164 +497,3 @@ def test_launcher_errors_are_reported(libraries):
     fields = dict(a=a, b=b, out=out, M=64, N=64, K=100, mistake=0)
     with pytest.raises(EmulationError, match="the launcher refused"):  # TMA needs K % 16 == 0
         libraries["plain"].run("gemm_sm90", fields, ["out"])
-
-
-# --- Ahead of time ------------------------------------------------------------------------------
-
-EVERY = ("80", "89", "90a", "120a")
-# File, targets, and what its machine code must contain: on each of them, or on one.
-COMPILED = [
-    ("copy_sm80.cu", EVERY, {"": ["LDGSTS.E.BYPASS", "LDS.128", "STG.E.128"]}),
-    ("gemm_sm80.cu", EVERY, {"": ["IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS"]}),
-    (
-        "gemm_sm90.cu",
-        ("90a",),
-        {"": ["IGMMA.64x64x32.S8.S8", "UTMALDG.2D", "UTMASTG.2D", "SYNCS.*TRYWAIT", "USETMAXREG"]},
-    ),
-    (
-        "fragments_sm90.cu",
-        ("90a", "120a"),
-        {
-            "": ["LDSM.16.MT88.4", "STSM.16.M88.4", "STSM.16.MT88.4", "HMMA.16816.F32.BF16"],
-            "120a": ["QMMA.16832.F32.E4M3.E4M3", "QMMA.16832.F16.E4M3.E4M3"],
-        },
-    ),
-    (
-        "wgmma_sm90.cu",
-        ("90a",),
-        {
-            "": [
-                f"{kind}.64x{n}x{k}"
-                for n in (64, 128, 256)
-                for kind, k in (("IGMMA", 32), ("QGMMA", 32), ("HGMMA", 16))
-            ]
-        },
-    ),
-    (
-        "boxes_sm90.cu",
-        ("90a",),
-        {"": ["UTMALDG.4D", "UTMASTG.3D", "UTMALDG.3D.MULTICAST", "UCGABAR"]},
-    ),
-    ("reduce_rows.cu", EVERY, {"": ["SHFL.BFLY", "VOTE", "BAR.ARV"]}),
-    (
-        "convert.cu",
-        EVERY,
-        {
-            "": ["F2FP.BF16", "MUFU.EX2", "PRMT"],
-            **{target: ["F2FP.*E4M3"] for target in EVERY[1:]},
-        },
-    ),
-]
-HEADERS = [
-    path for path in sorted((ROOT / "csrc/common").glob("*.h")) if path.name != "build_info.h"
-]
-needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-
-
-def cubin(source: Path, target: str) -> Path:
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{target}", "-cubin", "-Werror=all-warnings"]
-    command += ["-Xptxas", "-Werror,-warn-spills"]  # also when wgmma is serialised
-    command += [f"-I{CSRC}", str(source)]
-    inputs = [version, source, *HEADERS, *sorted(CUDA.glob("*.h"))]
-    return emulate.cached(f"{source.stem}-{target}.cubin", inputs, command)
-
-
-@pytest.fixture(scope="module")
-def cubins() -> dict[tuple[str, str], Path]:
-    wanted = [(name, target) for name, targets, _ in COMPILED for target in targets]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(lambda pair: cubin(CUDA / pair[0], pair[1]), wanted)
-        return dict(zip(wanted, made, strict=True))
-
-
-def disassembler() -> str | None:
-    """From the CUDA toolkit or from Triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    wheel = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
-    return shutil.which("nvdisasm") or (wheel and shutil.which("nvdisasm", path=str(wheel)))
-
-
-@needs_nvcc
-@pytest.mark.skipif(not disassembler(), reason="needs nvdisasm")
-@pytest.mark.parametrize(
-    "name, target", [(name, target) for name, targets, _ in COMPILED for target in targets]
-)
-def test_device_build_has_the_expected_instructions(cubins, name, target):
-    command = [disassembler(), "-c", str(cubins[name, target])]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    expected = next(words for file, _, words in COMPILED if file == name)
-    for word in (*expected[""], *expected.get(target, [])):
-        assert re.search(word, code), word
-    if name.startswith(("gemm", "wgmma")):
-        assert not re.search(r"\b(STL|LDL|I2F)\b", code), "spills, or the slow conversion"
-
-
-@needs_nvcc
-def test_ptxas_adds_no_fences_between_products(tmp_path):
-    """Without its planted mistakes, which branch between them, wgmma stays as it was written."""
-    text = (CUDA / "gemm_sm90.cu").read_text()
-    text = re.sub(r"p\.mistake != Mistake::k\w+", "true", text)
-    (tmp_path / "clean.cu").write_text(re.sub(r"p\.mistake == Mistake::k\w+", "false", text))
-    target = "-gencode=arch=compute_90a,code=sm_90a"
-    command = ["nvcc", "-std=c++17", target, "-Xptxas=-v", "-c", f"-I{CSRC}", f"-I{CUDA}"]
-    command += [str(tmp_path / "clean.cu"), "-o", str(tmp_path / "clean.o")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert " 0 bytes spill stores" in done.stderr
-    assert not re.findall(r"\(C75\d\d\).*", done.stderr)
-
-
-@needs_nvcc
-def test_host_side_needs_no_libcuda():
-    """The launcher and the tensor map, compiled for the host, call the static runtime alone."""
-    target = "-gencode=arch=compute_90a,code=sm_90a"
-    command = ["nvcc", "-std=c++17", target, "-c", f"-I{CSRC}", str(CUDA / "gemm_sm90.cu")]
-    inputs = [CUDA / "gemm_sm90.cu", *HEADERS, *sorted(CUDA.glob("*.h"))]
-    made = emulate.cached("gemm_sm90.o", inputs, command)
-    names = subprocess.run(["nm", "-u", str(made)], capture_output=True, text=True).stdout
-    assert "cudaLaunchKernelEx" in names
-    assert not re.findall(r"\bcu[A-Z]\w+", names)
-
-
-@needs_nvcc
-@pytest.mark.parametrize("target", ["80", "86", "89", "90a", "100a", "120a"])
-def test_every_header_compiles_for_every_gpu(target, tmp_path):
-    source = tmp_path / "headers.cu"
-    source.write_text("".join(f'#include "common/{path.name}"\n' for path in HEADERS))
-    assert cubin(source, target).stat().st_size > 0
-
-
-def test_every_header_stands_alone():
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{CSRC}"]
-
-    def compiled(header: Path) -> Path:
-        command = [emulate.compiler()[0], *flags, "-include", str(header), "-c", "-x", "c++"]
-        return emulate.cached(f"{header.stem}.o", emulate.headers(), [*command, os.devnull])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        assert all(path.exists() for path in pool.map(compiled, HEADERS))
-
-
-@pytest.mark.parametrize(
-    "path", [*(ROOT / "csrc").rglob("*.cu"), *CUDA.glob("*.cu")], ids=lambda path: path.name
-)
-def test_kernels_are_one_source_for_both_compilers(path):
-    """No PTX, no preprocessor conditions, nothing of the emulator."""
-    text = path.read_text()
-    assert not re.search(r"\basm\b|^\s*#\s*if|REELTIME_EMULATED|emulator", text, re.MULTILINE)
-
-
-@needs_nvcc  # for the CUDA headers that CUTLASS includes
-def test_layouts_are_those_of_cutlass():
-    spec = importlib.util.find_spec("cutlass_library")
-    if not spec or not spec.origin:
-        pytest.skip("needs the nvidia-cutlass wheel")
-    source = CUDA / "layouts_check.cpp"
-    # nvcc as a C++ compiler: it knows where its headers are
-    command = ["nvcc", "-std=c++17", "-O0", "-w", "-x", "c++", f"-I{CSRC}"]
-    command += [f"-I{Path(spec.origin).parent / 'source/include'}", str(source)]
-    program = emulate.cached("layouts.exe", [source, CSRC / "emulator/layouts.h"], command)
-    done = subprocess.run([str(program)], capture_output=True, text=True, check=True)
-    rows = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines())
-    assert len(rows) == 16
-    assert set(rows.values()) == {"0"}, rows

@@ -2,8 +2,12 @@
 // Atomic additions and maxima, in global or shared memory, and the fence of "the last block
 // finishes".
 //
-//   store partial results;  fence_device();  if (atomic_add(counter, 1) == blocks - 1) combine them
+//   all threads: store partial results;  sync_block();
+//   one of them: fence_device();  last = atomic_add(counter, 1) == blocks - 1;  fence_device();
+//   all threads: learn of it;  sync_block();  if last, combine what all blocks have stored
 //
+// NOTE: both fences are needed, by the thread of the atomic: the first hands over what it knows,
+// the second takes what others handed over.  The emulator reports a race where one is missing.
 // NOTE: sums of floats depend on the order of arrival; kernels that must repeat bit for bit use
 // integers.  The emulator runs blocks one after another: a block must not wait for another.
 #pragma once
@@ -43,9 +47,12 @@ DEVICE T atomic_max(T* pointer, T value) {
 #endif
 }
 
-// Writes before it are seen, by the whole device, before writes after it.
+// What the thread wrote before it, or knows through barriers, is seen by the whole device before
+// what it writes after; and what it read before, before what it reads after.
 DEVICE void fence_device() {
-#if !REELTIME_EMULATED
+#if REELTIME_EMULATED
+  emulator::fence_device();
+#else
   __threadfence();
 #endif
 }

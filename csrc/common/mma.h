@@ -41,8 +41,8 @@ REELTIME_MMA(mma_bf16, float, "+f", kBf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 
 #undef REELTIME_MMA
 
-// Whether the GPU being compiled for has mma_e4m3, and not two f16 products in its place: kernels for
-// all of them ask, with if constexpr.
+// Whether the GPU being compiled for has mma_e4m3, and not two f16 products in its place: kernels
+// for all of them ask, with if constexpr.
 #if REELTIME_EMULATED || (__CUDA_ARCH__ >= 890 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1200
 constexpr bool kHasMmaE4m3 = true;
 #else

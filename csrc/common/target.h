@@ -34,8 +34,8 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 #if !defined(REELTIME_BINDING)
-// x, of which the compiler no longer knows where it comes from: what depends on it is computed where
-// it is used, instead of before a loop, to wait in registers.
+// x, of which the compiler no longer knows where it comes from: what depends on it is computed
+// where it is used, instead of before a loop, to wait in registers.
 DEVICE int opaque(int x) {
 #if !REELTIME_EMULATED
   asm volatile("" : "+r"(x));

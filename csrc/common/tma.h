@@ -55,6 +55,7 @@ DEVICE void tma_load(void* destination, const TensorMap& map, Mbarrier& full,
 
 // Reads shared memory after fence_async_proxy() by its writers and a barrier.  The issuing thread
 // commits, and waits: tma_store_wait_read before the buffer is reused or the block exits.
+// NOTE: only the end of the kernel waits for the tensor itself: nobody may touch those bytes again.
 template <int kRank>
 DEVICE void tma_store(const TensorMap& map, const void* source, const int (&coordinate)[kRank]) {
   static_assert(kRank >= 2 && kRank <= 4, "");

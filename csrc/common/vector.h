@@ -29,13 +29,13 @@ DEVICE Vector<T> load_streaming(const T* pointer) {
   return v;
 }
 
-// Constant for the whole launch and reused: cached in L1.
+// Constant for the whole launch, which the emulator checks, and reused: cached in L1.
 // NOTE: volatile, or the compiler moves it out of loops and of the conditions that guard it.
 template <class T>
 DEVICE Vector<T> load_cached(const T* pointer) {
   Vector<T> v;
 #if REELTIME_EMULATED
-  emulator::check_global(pointer, 16, 16, false, "ld.global.nc");
+  emulator::check_constant(pointer, 16, 16, "ld.global.nc");
   memcpy(&v, pointer, 16);
 #else
   uint32_t* r = reinterpret_cast<uint32_t*>(&v);

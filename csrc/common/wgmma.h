@@ -91,9 +91,9 @@ DEVICE void tie_registers(float (&d)[kCount]) {
 
 // --- Products ------------------------------------------------------------------------------------
 
-// Wgmma<T, N>::ss(d, a, b, accumulate) and ::rs(d, a_registers, b, accumulate): N 64, 128, 192 or
-// 256, of e4m3 also 72 and 136; T int8_t (int32 sums, exact), e4m3, float16 or bfloat16 (float
-// sums).  With accumulate false, d is overwritten.  kTransposedB, for 16 bits only: b is
+// Wgmma<T, N>::ss(d, a, b, accumulate) and ::rs(d, a_registers, b, accumulate): N a multiple of 32
+// from 64 to 256, of e4m3 also 72 and 136; T int8_t (int32 sums, exact), e4m3, float16 or bfloat16
+// (float sums).  With accumulate false, d is overwritten.  kTransposedB, for 16 bits only: b is
 // wgmma_descriptor_transposed.
 template <class T, int N, bool kTransposedB = false>
 struct Wgmma;
@@ -125,7 +125,7 @@ struct WgmmaElement<bfloat16> {
 
 template <class T, int N, bool kTransposedB>
 struct Wgmma {
-  static_assert(N == 64 || N == 128 || N == 192 || N == 256 ||
+  static_assert((N % 32 == 0 && N >= 64 && N <= 256) ||
                     (WgmmaElement<T>::kType == emulator::Element::kE4m3 && (N == 72 || N == 136)),
                 "");
   static_assert(!kTransposedB || sizeof(T) == 2, "");
@@ -146,24 +146,30 @@ struct Wgmma {
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define REELTIME_R36 REELTIME_R32 ", %32, %33, %34, %35"
-#define REELTIME_R64 REELTIME_R32 ", " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+#define REELTIME_R48 REELTIME_R32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define REELTIME_R64 REELTIME_R48 ", " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define REELTIME_R68 REELTIME_R64 ", %64, %65, %66, %67"
-#define REELTIME_R96 REELTIME_R64 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+#define REELTIME_R80 REELTIME_R64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define REELTIME_R96 REELTIME_R80 ", " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define REELTIME_R128 REELTIME_R96 ", " \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+#define REELTIME_R112 REELTIME_R96 ", " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define REELTIME_R128 REELTIME_R112 ", " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define REELTIME_D4(C, i) C(d[i]), C(d[i + 1]), C(d[i + 2]), C(d[i + 3])
 #define REELTIME_D16(C, i) REELTIME_D4(C, i), REELTIME_D4(C, i + 4), REELTIME_D4(C, i + 8), REELTIME_D4(C, i + 12)
 #define REELTIME_D32(C, i) REELTIME_D16(C, i), REELTIME_D16(C, i + 16)
 #define REELTIME_D36(C, i) REELTIME_D32(C, i), REELTIME_D4(C, i + 32)
-#define REELTIME_D64(C, i) REELTIME_D32(C, i), REELTIME_D32(C, i + 32)
+#define REELTIME_D48(C, i) REELTIME_D32(C, i), REELTIME_D16(C, i + 32)
+#define REELTIME_D64(C, i) REELTIME_D48(C, i), REELTIME_D16(C, i + 48)
 #define REELTIME_D68(C, i) REELTIME_D64(C, i), REELTIME_D4(C, i + 64)
-#define REELTIME_D96(C, i) REELTIME_D64(C, i), REELTIME_D32(C, i + 64)
-#define REELTIME_D128(C, i) REELTIME_D64(C, i), REELTIME_D64(C, i + 64)
+#define REELTIME_D80(C, i) REELTIME_D64(C, i), REELTIME_D16(C, i + 64)
+#define REELTIME_D96(C, i) REELTIME_D80(C, i), REELTIME_D16(C, i + 80)
+#define REELTIME_D112(C, i) REELTIME_D96(C, i), REELTIME_D16(C, i + 96)
+#define REELTIME_D128(C, i) REELTIME_D112(C, i), REELTIME_D16(C, i + 112)
 
 // OPS is N / 2, the number of accumulators; P0 ... P6 number the operands after them.
 #define REELTIME_WGMMA(T, SUM, C, N, OPS, PTX, SS_TAIL, RS_TAIL, P0, P1, P2, P3, P4, P5, P6)         \
@@ -199,24 +205,33 @@ struct Wgmma {
   REELTIME_WGMMA(float16, float, "+f", N, OPS, "k16.f32.f16.f16", REELTIME_SIGNS_A_B, REELTIME_SIGNS_B, __VA_ARGS__)   \
   REELTIME_WGMMA(bfloat16, float, "+f", N, OPS, "k16.f32.bf16.bf16", REELTIME_SIGNS_A_B, REELTIME_SIGNS_B, __VA_ARGS__)
 REELTIME_WGMMA_TYPES(64, 32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+REELTIME_WGMMA_TYPES(96, 48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 REELTIME_WGMMA_TYPES(128, 64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+REELTIME_WGMMA_TYPES(160, 80, "%80", "%81", "%82", "%83", "%84", "%85", "%86")
 REELTIME_WGMMA_TYPES(192, 96, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
+REELTIME_WGMMA_TYPES(224, 112, "%112", "%113", "%114", "%115", "%116", "%117", "%118")
 REELTIME_WGMMA_TYPES(256, 128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 REELTIME_WGMMA(e4m3, float, "+f", 72, 36, "k32.f32.e4m3.e4m3", REELTIME_SIGNS, REELTIME_SIGNS, "%36", "%37", "%38", "%39", "%40", "%41", "%42")
 REELTIME_WGMMA(e4m3, float, "+f", 136, 68, "k32.f32.e4m3.e4m3", REELTIME_SIGNS, REELTIME_SIGNS, "%68", "%69", "%70", "%71", "%72", "%73", "%74")
 #undef REELTIME_R32
 #undef REELTIME_R36
+#undef REELTIME_R48
 #undef REELTIME_R64
 #undef REELTIME_R68
+#undef REELTIME_R80
 #undef REELTIME_R96
+#undef REELTIME_R112
 #undef REELTIME_R128
 #undef REELTIME_D4
 #undef REELTIME_D16
 #undef REELTIME_D32
 #undef REELTIME_D36
+#undef REELTIME_D48
 #undef REELTIME_D64
 #undef REELTIME_D68
+#undef REELTIME_D80
 #undef REELTIME_D96
+#undef REELTIME_D112
 #undef REELTIME_D128
 #undef REELTIME_WGMMA
 #undef REELTIME_NONE

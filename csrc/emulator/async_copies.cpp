@@ -42,8 +42,11 @@ void wait(CopyQueue& queue, uint32_t pending_groups) {
 
 void cp_async(uint32_t destination, const void* source, uint32_t bytes, uint32_t valid_bytes) {
   KERNEL_SITE();
-  if (valid_bytes) check_registered(source, valid_bytes, bytes, false, "cp.async");
+  const bool watched =
+      valid_bytes && check_registered(source, valid_bytes, bytes, false, "cp.async");
   const Place to = resolve(destination, bytes, bytes, "cp.async");
+  const uint32_t reading =
+      watched ? begin_global_read(source, valid_bytes, Touch::kAsyncRead, "cp.async") : 0;
   begin_write(*to.block, to.offset, bytes, "cp.async");
   Fiber* by = state.running;
   AsyncCopy copy;
@@ -54,6 +57,7 @@ void cp_async(uint32_t destination, const void* source, uint32_t bytes, uint32_t
   // The waiting thread knows the bytes, as if it had stored them; others need a barrier after it.
   copy.complete = [=] {
     if (state.options.check_races) complete_write(*to.block, to.offset, bytes, epoch_of(*by));
+    if (reading) complete_global_read(source, valid_bytes, reading, epoch_of(*by));
   };
   issue(by->cp_async, std::move(copy));
 }
@@ -76,7 +80,7 @@ Mbarrier& find(const Place& place, const char* op) {
   const auto found = place.block->mbarriers.find(place.offset);
   if (found == place.block->mbarriers.end())
     fail("%s: there is no mbarrier at shared byte %u", op, place.offset);
-  if (!is_known(*state.running, found->second.initialised))
+  if (state.options.check_races && !knows(*state.running, found->second.initialised))
     fail("race: %s at shared byte %u: no barrier orders its initialisation before", op,
          place.offset);
   return found->second;
@@ -86,7 +90,7 @@ void complete_phase(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
   barrier.phase ^= 1;
   barrier.pending = barrier.expected;
-  std::swap(barrier.completed, barrier.gathering);
+  barrier.completed = everything(barrier.gathering);
   barrier.gathering = {};
   auto& waiting = barrier.waiting;
   for (auto& [fiber, parity] : waiting)
@@ -141,7 +145,6 @@ bool mbarrier_test(uint32_t address, uint32_t parity) {
   Mbarrier& barrier = find(place, "mbarrier.try_wait");
   if (barrier.phase == parity) {
     // A thread that polls must let the others run.
-    state.running->state = Fiber::kReady;
     switch_context(state.running->context, state.scheduler);
     return false;
   }
@@ -171,6 +174,7 @@ namespace {
 struct Box {
   TensorMapFields map;
   int64_t at[4];
+  bool watched;  // somebody may write the tensor
 
   uint32_t rows() const {
     return map.box[1] * (map.rank > 2 ? map.box[2] : 1) * (map.rank > 3 ? map.box[3] : 1);
@@ -178,10 +182,11 @@ struct Box {
   uint32_t row_bytes() const { return map.box[0] * map.element_bytes; }
   uint32_t bytes() const { return rows() * row_bytes(); }
 
-  // Runs visit(byte in the box's shared memory, element in global memory or null when outside).
+  // Runs visit(byte in the box's shared memory, byte in global memory or null when outside, bytes)
+  // for pieces of at most 16 bytes, which no swizzle tears apart.
   template <class Visit>
-  void for_each_element(uint32_t shared_start, Visit visit) const {
-    const uint32_t size = map.element_bytes;
+  void for_each_piece(uint32_t shared_start, Visit visit) const {
+    const int64_t size = map.element_bytes, width = map.size[0] * size, first = at[0] * size;
     for (uint32_t row = 0; row < rows(); row++) {
       const uint32_t index[4] = {0, row % map.box[1],
                                  map.rank > 2 ? row / map.box[1] % map.box[2] : 0,
@@ -193,11 +198,17 @@ struct Box {
         inside &= c >= 0 && c < static_cast<int64_t>(map.size[i]);
         global += inside ? c * static_cast<int64_t>(map.stride[i]) : 0;
       }
-      for (uint32_t x = 0; x < map.box[0]; x++) {
-        const int64_t c = at[0] + x;
-        const bool in = inside && c >= 0 && c < static_cast<int64_t>(map.size[0]);
-        const uint32_t linear = shared_start + row * row_bytes() + x * size;
-        visit(swizzle(linear, map.swizzle_bytes), in ? global + c * size : nullptr);
+      const int64_t end = row_bytes();
+      for (int64_t x = 0; x < end;) {
+        const int64_t c = first + x;
+        const bool in = inside && c >= 0 && c < width;
+        int64_t next = std::min(end, x / 16 * 16 + 16);
+        if (c < 0) next = std::min(next, -first);
+        if (c < width) next = std::min(next, width - first);
+        const uint32_t linear = shared_start + row * row_bytes() + static_cast<uint32_t>(x);
+        visit(swizzle(linear, map.swizzle_bytes), in ? global + c : nullptr,
+              static_cast<size_t>(next - x));
+        x = next;
       }
     }
   }
@@ -214,7 +225,8 @@ Box make_box(const void* map, const int* coordinates, int rank, uint32_t shared,
   // The whole tensor must be the host's: also the part that this box does not touch.
   size_t span = box.map.size[0] * box.map.element_bytes;
   for (int i = 1; i < rank; i++) span += (box.map.size[i] - 1) * box.map.stride[i];
-  check_registered(box.map.base, span, 16, strcmp(op, "TMA store") == 0, op);
+  box.watched = check_registered(box.map.base, span, 16, strcmp(op, "TMA store") == 0, op);
+  box.watched &= state.options.check_races != 0;
   return box;
 }
 
@@ -233,15 +245,23 @@ void tma_load(uint32_t destination, const void* map, uint32_t barrier, const int
     if (!(ranks >> block.rank & 1)) continue;
     find({&block, at}, "TMA load");
     begin_write(block, to, box.bytes(), "TMA load");
-    AsyncCopy copy;
-    copy.land = [box, to, at, target = &block] {
-      box.for_each_element(to, [&](uint32_t byte, const unsigned char* global) {
+    uint32_t reading = 0;
+    if (box.watched)
+      box.for_each_piece(to, [&](uint32_t, const unsigned char* global, size_t bytes) {
         if (global)
-          memcpy(target->shared + byte, global, box.map.element_bytes);
-        else
-          memset(target->shared + byte, 0, box.map.element_bytes);
+          reading = begin_global_read(global, bytes, Touch::kBulkRead, "TMA load", reading);
       });
-      if (state.options.check_races) complete_write(*target, to, box.bytes(), tick_engine(*target));
+    AsyncCopy copy;
+    copy.land = [=, target = &block] {
+      const Epoch tick = state.options.check_races ? tick_engine(*target) : 0;
+      box.for_each_piece(to, [&](uint32_t byte, const unsigned char* global, size_t bytes) {
+        if (global)
+          memcpy(target->shared + byte, global, bytes);
+        else
+          memset(target->shared + byte, 0, bytes);
+        if (global && reading) complete_global_read(global, bytes, reading, tick);
+      });
+      complete_write(*target, to, box.bytes(), tick);
       land_bytes(target, at, box.bytes());
     };
     if (state.options.landing == Landing::kAtIssue)
@@ -257,13 +277,15 @@ void tma_store(const void* map, uint32_t source, const int* coordinates, int ran
   const Place from = resolve(source, box.bytes(), 16, "TMA store");
   touch_read(*from.block, *state.running, from.offset, box.bytes(), "TMA store", Proxy::kAsync);
   begin_read(*from.block, from.offset, box.bytes());
+  if (box.watched)
+    box.for_each_piece(from.offset, [&](uint32_t, const unsigned char* global, size_t bytes) {
+      if (global) touch_global(global, bytes, Touch::kBulkWrite, "TMA store");
+    });
   Fiber* by = state.running;
   AsyncCopy copy;
   copy.land = [box, from] {
-    box.for_each_element(from.offset, [&](uint32_t byte, const unsigned char* global) {
-      if (global)
-        memcpy(const_cast<unsigned char*>(global), from.block->shared + byte,
-               box.map.element_bytes);
+    box.for_each_piece(from.offset, [&](uint32_t byte, const unsigned char* global, size_t bytes) {
+      if (global) memcpy(const_cast<unsigned char*>(global), from.block->shared + byte, bytes);
     });
   };
   copy.complete = [=] { complete_read(*from.block, from.offset, box.bytes(), *by); };

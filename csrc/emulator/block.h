@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
 #include <unordered_map>
@@ -32,17 +33,28 @@ struct Options {
 
 // --- Order between threads -------------------------------------------------------------------
 
-using Clock = std::vector<uint32_t>;  // per thread: how far its history is known
+using Clock = std::vector<uint32_t>;               // per thread: how far its history is known
+using SharedClock = std::shared_ptr<const Clock>;  // null for nothing
+// The same for clusters that ran before, of which only atomics tell; by the cluster's first block.
+using Past = std::map<unsigned, SharedClock>;
 
-// What a thread knows, and hands over at a barrier.  `fenced` is the part of it that also the async
-// proxy (TMA, wgmma) sees: PTX ISA, "Async proxy", and fence.proxy.async.
+// What a thread knows of others.  `fenced` is the part of it that also the async proxy (TMA, wgmma)
+// sees: PTX ISA, "Async proxy", and fence.proxy.async.
 struct Order {
+  SharedClock seen, fenced;
+  std::shared_ptr<const Past> past;  // null for nothing
+};
+
+// What threads hand over, as they arrive.
+struct Gathering {
   Clock seen, fenced;
+  Order last;  // clocks: of the last that arrived, for the next mostly has the same; past: of all
 };
 
 // One access: thread and its clock at that time, 0 for none.
 using Epoch = uint32_t;
 constexpr int kClockBits = 19;
+constexpr uint32_t kNever = (1u << kClockBits) - 1;  // a time that nobody gets to know
 
 // --- Threads ---------------------------------------------------------------------------------
 
@@ -70,17 +82,16 @@ struct Waiting {
 };
 
 struct Fiber {
-  enum State { kReady, kBlocked, kDone };
   Thread view;
   Context context;
   Block* block = nullptr;
   Warp* warp = nullptr;
   unsigned id = 0, linear = 0, lane = 0;
-  State state = kReady;
-  Waiting waiting{};              // what for, when blocked
-  bool in_block_barrier = false;  // blocked in a barrier that all lanes must reach together
-  const void* site = nullptr;     // the kernel's line in the runtime call in progress
+  Waiting waiting{};                 // what for, when blocked
+  const void* site = nullptr;        // the kernel's line in the runtime call in progress
+  uint32_t now = 1, fenced_now = 0;  // its own clock, and what the async proxy sees of it
   Order order;
+  Order released, observed;  // at the last fence_device; by atomics since then
   CopyQueue cp_async, bulk;
   bool wgmma_fenced = false;
   struct Registers {
@@ -99,7 +110,10 @@ struct Rendezvous {
 
 struct Warp {
   Block* block = nullptr;
-  unsigned index = 0, existing = 0;  // existing: lanes that the block has
+  unsigned index = 0;
+  // Lanes, as masks: that the block has; that can run; that have exited.  The others wait, some in
+  // a barrier that all lanes must reach together.
+  unsigned existing = 0, ready = 0, done = 0, in_barrier = 0;
   std::vector<Fiber*> lanes;
   std::vector<Rendezvous> open;
 };
@@ -107,13 +121,14 @@ struct Warp {
 struct BlockBarrier {
   unsigned expected = 0, arrived = 0;
   std::vector<Fiber*> waiting;
-  Order order;
+  Gathering order;
 };
 
 struct Mbarrier {
   uint32_t phase = 0, expected = 0, pending = 0;
   int64_t bytes = 0;  // announced and not yet landed
-  Order gathering, completed;
+  Gathering gathering;
+  Order completed;
   Epoch initialised = 0;
   std::vector<std::pair<Fiber*, uint32_t>> waiting;  // and the parity each waits for
 };
@@ -188,9 +203,11 @@ struct State {
   std::vector<Block> blocks;  // of the running cluster
   BlockBarrier cluster;
   unsigned threads = 0;           // of the cluster
+  unsigned first_block = 0;       // of the cluster, in the grid
   std::vector<AsyncCopy> flying;  // TMA loads on their way
   Fiber* running = nullptr;
   bool inside_atomic = false;
+  SharedClock last_joins[3][3];  // of seen, fenced, past: two clocks and the join of both
   Context scheduler;
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
@@ -216,13 +233,31 @@ bool lands_now();  // drawn for an asynchronous effect at its issue
 void meet(const char* op, unsigned mask, void* argument, const std::function<void(void**)>& all);
 std::string thread_name(const Fiber& fiber);
 
-// --- races.cpp -------------------------------------------------------------------------------
+// --- clocks.cpp ------------------------------------------------------------------------------
 
-void release(Order& to);  // what the running thread did so far becomes part of `to`
+void release(Gathering& to);  // what the running thread did so far becomes part of `to`
+Order everything(Gathering& from);
 void join(Order& to, const Order& from);
 void acquire(const Order& from);  // the running thread now knows it
-void release_engine(Order& to, Block& block);
+void release_engine(Gathering& to, Block& block);
+bool is_fenced(const Fiber& fiber, Epoch epoch);
+Epoch tick_engine(Block& block);
 
+inline Epoch epoch_of(const Fiber& fiber) { return fiber.id << kClockBits | fiber.now; }
+
+inline bool covers(const SharedClock& clock, Epoch epoch) {
+  const size_t thread = epoch >> kClockBits;
+  return clock && thread < clock->size() && (*clock)[thread] >= (epoch & kNever);
+}
+
+inline bool knows(const Fiber& fiber, Epoch epoch) {
+  return epoch == 0 || epoch >> kClockBits == fiber.id || covers(fiber.order.seen, epoch);
+}
+
+// --- races.cpp -------------------------------------------------------------------------------
+
+uint32_t short_site(const void* site);
+std::string long_site(uint32_t site);
 enum class Proxy { kGeneric, kAsync };
 void touch_read(Block& block, const Fiber& by, uint32_t offset, size_t bytes, const char* op,
                 Proxy proxy = Proxy::kGeneric);
@@ -235,9 +270,26 @@ void complete_write(Block& block, uint32_t offset, size_t bytes, Epoch by);
 void begin_read(Block& block, uint32_t offset, size_t bytes);
 // A read by several warps is in flight until the `last` of them is done.
 void complete_read(Block& block, uint32_t offset, size_t bytes, const Fiber& by, bool last = true);
-Epoch epoch_of(const Fiber& fiber);
-Epoch tick_engine(Block& block);
-bool is_known(const Fiber& by, Epoch epoch);
+
+// --- global_races.cpp ------------------------------------------------------------------------
+
+// Accesses to global memory that somebody may write; others cannot race.
+enum class Touch : uint8_t {
+  kRead,
+  kConstant,  // ld.global.nc: of what nobody writes in this launch
+  kAsyncRead,
+  kBulkRead,
+  kWrite,
+  kBulkWrite,
+  kAtomic
+};
+void forget_global();  // at the end of a launch
+void touch_global(const void* pointer, size_t bytes, Touch how, const char* op);
+// A read by a copy lasts from its issue, here, to its completion.  Returns what to complete.
+uint32_t begin_global_read(const void* pointer, size_t bytes, Touch how, const char* op,
+                           uint32_t copy = 0);
+void complete_global_read(const void* pointer, size_t bytes, uint32_t copy, Epoch by);
+void synchronise(const void* atomic);  // what the running thread's fences hand over by an atomic
 
 // --- memory.cpp ------------------------------------------------------------------------------
 
@@ -248,9 +300,11 @@ struct Place {
 };
 // Checks range and alignment of a 32-bit shared address.
 Place resolve(uint32_t address, size_t bytes, size_t alignment, const char* op);
-// check_global without a new KERNEL_SITE, for use inside the runtime.
-void check_registered(const void* pointer, size_t bytes, size_t alignment, bool write,
+// check_global without a new KERNEL_SITE, for use inside the runtime.  Returns whether accesses to
+// this range may race: not if it is an input.
+bool check_registered(const void* pointer, size_t bytes, size_t alignment, bool write,
                       const char* op);
+std::string global_byte(const void* pointer);  // "byte 12 of out"
 void count_banks(const char* op, const uint32_t* rows, int count);
 void count_plain_banks();  // at the end of a cluster
 

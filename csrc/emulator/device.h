@@ -68,6 +68,8 @@ cudaError_t launch(const LaunchShape& shape, const void* kernel, void (*body)(co
 uint32_t shared_address(const void* pointer);
 // Fails unless [pointer, pointer + bytes) lies in one range that the host registered.
 void check_global(const void* pointer, size_t bytes, size_t alignment, bool write, const char* op);
+// The same for a read of what no thread may write during the launch.
+void check_constant(const void* pointer, size_t bytes, size_t alignment, const char* op);
 
 // Applies update(pointer, value) to global or shared memory, as one access that races with no
 // other.
@@ -91,6 +93,7 @@ void mma_half(Element type, uint32_t* d, const uint32_t* a, const uint32_t* b);
 void barrier(unsigned id, unsigned threads, bool wait);  // threads 0: the whole block
 void cluster_barrier();
 void fence_async_proxy();
+void fence_device();
 void mbarrier_init(uint32_t address, uint32_t arrivals);
 void mbarrier_arrive(uint32_t address, uint32_t arrivals, uint32_t transaction_bytes);
 void mbarrier_wait(uint32_t address, uint32_t parity);

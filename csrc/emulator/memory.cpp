@@ -102,7 +102,16 @@ static std::vector<GlobalRange> ranges;
 void add_range(const GlobalRange& range) { ranges.push_back(range); }
 void clear_ranges() { ranges.clear(); }
 
-static void check_range(const void* pointer, size_t bytes, bool write, const char* op) {
+std::string global_byte(const void* pointer) {
+  const auto* byte = static_cast<const unsigned char*>(pointer);
+  for (const GlobalRange& range : ranges)
+    if (byte >= range.base && byte < range.base + range.bytes)
+      return format("byte %td of %s", byte - range.base, range.name.c_str());
+  return "";
+}
+
+// Whether what was found may be written.
+static bool check_range(const void* pointer, size_t bytes, bool write, const char* op) {
   const auto* begin = static_cast<const unsigned char*>(pointer);
   const GlobalRange* nearest = nullptr;
   size_t distance = ~size_t{0};
@@ -111,7 +120,7 @@ static void check_range(const void* pointer, size_t bytes, bool write, const cha
       if (write && !range.writable)
         fail("%s writes byte %td of %s, which is an input", op, begin - range.base,
              range.name.c_str());
-      return;
+      return range.writable;
     }
     const size_t away =
         begin < range.base ? range.base - begin : begin + bytes - (range.base + range.bytes);
@@ -126,11 +135,11 @@ static void check_range(const void* pointer, size_t bytes, bool write, const cha
        nearest->bytes);
 }
 
-void check_registered(const void* pointer, size_t bytes, size_t alignment, bool write,
+bool check_registered(const void* pointer, size_t bytes, size_t alignment, bool write,
                       const char* op) {
   if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
     fail("%s: global address %p is not aligned to %zu", op, pointer, alignment);
-  check_range(pointer, bytes, write, op);
+  return check_range(pointer, bytes, write, op);
 }
 
 void check_global(const void* pointer, size_t bytes, size_t alignment, bool write, const char* op) {
@@ -138,15 +147,24 @@ void check_global(const void* pointer, size_t bytes, size_t alignment, bool writ
   check_registered(pointer, bytes, alignment, write, op);
 }
 
+void check_constant(const void* pointer, size_t bytes, size_t alignment, const char* op) {
+  KERNEL_SITE();
+  if (check_registered(pointer, bytes, alignment, false, op))
+    touch_global(pointer, bytes, Touch::kConstant, op);
+}
+
 void atomic(void* pointer, size_t bytes, void* before, const char* op,
             void (*update)(void* pointer, const void* value), const void* value) {
   KERNEL_SITE();
   Block& block = *state.running->block;
   const ptrdiff_t offset = static_cast<unsigned char*>(pointer) - block.shared;
-  if (offset >= 0 && offset + bytes <= block.shared_bytes)
+  if (offset >= 0 && offset + bytes <= block.shared_bytes) {
     touch_atomic(block, *state.running, static_cast<uint32_t>(offset), bytes, op);
-  else
+  } else {
     check_registered(pointer, bytes, bytes, true, op);
+    touch_global(pointer, bytes, Touch::kAtomic, op);
+    synchronise(pointer);
+  }
   memcpy(before, pointer, bytes);
   state.inside_atomic = true;  // update is compiled with the kernel, hooks and all
   update(pointer, value);
@@ -221,7 +239,8 @@ void plain_access(const void* pointer, size_t bytes, bool write, const void* sit
   if (byte >= mine.shared - kSharedMargin && byte < mine.shared + mine.shared_bytes + kSharedMargin)
     fail("%s of %zu bytes at shared byte %td, outside the block's %zu", op, bytes,
          byte - mine.shared, mine.shared_bytes);
-  check_range(pointer, bytes, write, op);
+  if (check_range(pointer, bytes, write, op))
+    touch_global(pointer, bytes, write ? Touch::kWrite : Touch::kRead, op);
 }
 
 }  // namespace reeltime::emulator

@@ -1,76 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Happens-before: vector clocks over threads, and the last accesses to every byte of shared memory.
-//
-// Thread t's clock counts its releases.  An access by t at clock c is known to u once u has passed
-// a barrier that t reached after c: order.seen[t] >= c.  Two accesses to a byte, one of them a
-// write, race unless the later one's thread knows the earlier one.  __syncwarp, bar, mbarrier and
-// cluster barriers order memory; shuffles, ldmatrix and mma do not, and are not treated as if they
-// did.
-#include <algorithm>
-
+// The last accesses to every byte of shared memory.  Two accesses to a byte, one of them a write,
+// race unless the later one's thread knows the earlier one (clocks.cpp).
 #include "emulator/block.h"
 
 namespace reeltime::emulator {
-
-// --- Clocks ----------------------------------------------------------------------------------
-
-static void join(Clock& to, const Clock& from) {
-  if (to.size() < from.size()) to.resize(from.size());
-  for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
-}
-
-void join(Order& to, const Order& from) {
-  if (!state.options.check_races) return;
-  join(to.seen, from.seen);
-  join(to.fenced, from.fenced);
-}
-
-void release(Order& to) {
-  if (!state.options.check_races) return;
-  Fiber& me = *state.running;
-  join(to, me.order);
-  if (++me.order.seen[me.id] >> kClockBits) fail("too many barriers for the race check's clocks");
-}
-
-void acquire(const Order& from) { join(state.running->order, from); }
-
-void fence_async_proxy() {
-  KERNEL_SITE();
-  if (!state.options.check_races) return;
-  Fiber& me = *state.running;
-  me.order.fenced = me.order.seen;  // all that is known here, the async proxy now sees too
-  me.order.seen[me.id]++;
-}
-
-// The engine's ticks order TMA writes: whoever acquires the mbarrier on which a load landed knows
-// it, and nobody else, not even the thread that issued it.
-Epoch tick_engine(Block& block) {
-  return (state.threads + block.rank) << kClockBits | ++block.engine_clock;
-}
-
-void release_engine(Order& to, Block& block) {
-  if (!state.options.check_races) return;
-  const size_t id = state.threads + block.rank;
-  if (to.seen.size() <= id) to.seen.resize(id + 1);
-  if (to.fenced.size() <= id) to.fenced.resize(id + 1);
-  to.seen[id] = std::max(to.seen[id], block.engine_clock);
-  to.fenced[id] = to.seen[id];
-}
-
-static bool covers(const Clock& clock, Epoch epoch) {
-  const size_t thread = epoch >> kClockBits;
-  return thread < clock.size() && clock[thread] >= (epoch & ((1u << kClockBits) - 1));
-}
-
-Epoch epoch_of(const Fiber& fiber) { return fiber.id << kClockBits | fiber.order.seen[fiber.id]; }
-
-static bool knows(const Fiber& fiber, Epoch epoch) {
-  return epoch == 0 || epoch >> kClockBits == fiber.id || covers(fiber.order.seen, epoch);
-}
-
-bool is_known(const Fiber& by, Epoch epoch) {
-  return !state.options.check_races || knows(by, epoch);
-}
 
 // --- Words -----------------------------------------------------------------------------------
 
@@ -80,12 +13,12 @@ static std::string owner(uint32_t thread) {
   return thread_name(state.blocks[thread / per_block].fibers[thread % per_block]);
 }
 
-static uint32_t short_site(const void* site) {
+uint32_t short_site(const void* site) {
   if (!site) return 0;
   return static_cast<const char*>(site) - static_cast<const char*>(module_base());
 }
 
-static std::string long_site(uint32_t site) { return site ? format(" [+0x%x]", site - 1) : ""; }
+std::string long_site(uint32_t site) { return site ? format(" [+0x%x]", site - 1) : ""; }
 
 // --- Accesses --------------------------------------------------------------------------------
 
@@ -142,8 +75,7 @@ void touch_read(Block& block, const Fiber& by, uint32_t offset, size_t bytes, co
     check_pending(cell, byte, false, op);
     if (!cell.write) fail("%s reads shared byte %u, which nobody has written", op, byte);
     check_after_write(cell, by, byte, false, op);
-    if (proxy == Proxy::kAsync && !covers(by.order.fenced, cell.write) &&
-        cell.write >> kClockBits < state.threads)
+    if (proxy == Proxy::kAsync && !is_fenced(by, cell.write))
       fail("race: %s of shared byte %u, written by %s%s without fence.proxy.async after it", op,
            byte, owner(cell.write >> kClockBits).c_str(), long_site(cell.write_site).c_str());
     if (proxy == Proxy::kGeneric) remember_read(cell, by);

@@ -80,12 +80,12 @@ void fail(const char* text, ...) {
 
 void block_until_woken(const Waiting& waiting) {
   Fiber& fiber = *state.running;
-  fiber.state = Fiber::kBlocked;
+  fiber.warp->ready &= ~(1u << fiber.lane);
   fiber.waiting = waiting;
   switch_context(fiber.context, state.scheduler);
 }
 
-void wake(Fiber* fiber) { fiber->state = Fiber::kReady; }
+void wake(Fiber* fiber) { fiber->warp->ready |= 1u << fiber->lane; }
 
 bool lands_now() {
   return state.options.landing == Landing::kAtIssue ||
@@ -97,18 +97,17 @@ void meet(const char* op, unsigned mask, void* argument, const std::function<voi
   Warp& warp = *me.warp;
   mask &= warp.existing;
   if (!(mask >> me.lane & 1)) fail("%s: the calling lane %u is not in its mask", op, me.lane);
-  for (Fiber* lane : warp.lanes) {
-    if (!(mask >> lane->lane & 1)) continue;
-    if (lane->state == Fiber::kDone)
-      fail("divergent collective: %s, but lane %u has exited", op, lane->lane);
-    if (lane->in_block_barrier)
-      fail("divergent collective: %s meets lane %u in %s", op, lane->lane,
-           lane->waiting.text().c_str());
+  if (const unsigned gone = mask & warp.done)
+    fail("divergent collective: %s, but lane %d has exited", op, __builtin_ctz(gone));
+  if (const unsigned away = mask & warp.in_barrier) {
+    const int lane = __builtin_ctz(away);
+    fail("divergent collective: %s meets lane %d in %s", op, lane,
+         warp.lanes[lane]->waiting.text().c_str());
   }
   auto found = warp.open.end();
   for (auto open = warp.open.begin(); open != warp.open.end(); ++open) {
     if (!(open->mask & mask)) continue;
-    if (open->mask != mask || strcmp(open->op, op) != 0)
+    if (open->mask != mask || (open->op != op && strcmp(open->op, op) != 0))
       fail("divergent collective: %s of lanes %08x meets %s of lanes %08x", op, mask, open->op,
            open->mask);
     found = open;
@@ -126,8 +125,7 @@ void meet(const char* op, unsigned mask, void* argument, const std::function<voi
   Rendezvous full = *found;
   warp.open.erase(found);
   all(full.arguments);
-  for (Fiber* lane : warp.lanes)
-    if (mask >> lane->lane & 1) wake(lane);
+  warp.ready |= mask;
 }
 
 void sync_warp(unsigned mask) {
@@ -135,19 +133,21 @@ void sync_warp(unsigned mask) {
   meet("__syncwarp", mask, nullptr, [mask](void**) {
     // Unlike the other collectives, __syncwarp also orders memory accesses.
     Fiber* last = state.running;
-    Order order;
+    Gathering arrived;
     for (Fiber* lane : last->warp->lanes)
-      if (mask >> lane->lane & 1) state.running = lane, release(order);
+      if (mask >> lane->lane & 1) state.running = lane, release(arrived);
+    const Order all = everything(arrived);
     for (Fiber* lane : last->warp->lanes)
-      if (mask >> lane->lane & 1) state.running = lane, acquire(order);
+      if (mask >> lane->lane & 1) join(lane->order, all);
     state.running = last;
   });
 }
 
 static void open_barrier(BlockBarrier& barrier) {
+  const Order all = everything(barrier.order);
   for (Fiber* fiber : barrier.waiting) {
-    join(fiber->order, barrier.order);
-    fiber->in_block_barrier = false;
+    join(fiber->order, all);
+    fiber->warp->in_barrier &= ~(1u << fiber->lane);
     wake(fiber);
   }
   barrier = {};
@@ -162,12 +162,11 @@ static void pass_barrier(BlockBarrier& barrier, const Waiting& name) {
   release(barrier.order);
   barrier.arrived++;
   barrier.waiting.push_back(&me);
-  me.in_block_barrier = true;
+  me.warp->in_barrier |= 1u << me.lane;
   if (barrier.arrived == barrier.expected)
     open_barrier(barrier);
   else
     block_until_woken(name);
-  me.state = Fiber::kReady;
 }
 
 // A warp arrives as one, so that none of its lanes is past the barrier before another has come.
@@ -219,7 +218,8 @@ static void run_fiber() {
   if (!me.bulk.committed.empty() || !me.bulk.open.empty())
     fail("exits while a TMA store may still read shared memory");
   me.site = nullptr;
-  me.state = Fiber::kDone;
+  me.warp->ready &= ~(1u << me.lane);
+  me.warp->done |= 1u << me.lane;
   Block& block = *me.block;
   block.live--;
   // __syncthreads waits for the threads that have not exited.
@@ -259,12 +259,8 @@ static void set_up(Block& block, const LaunchShape& shape, unsigned rank, Index 
     fiber.warp->block = &block;
     fiber.warp->index = i / 32;
     fiber.warp->existing |= 1u << fiber.lane;
+    fiber.warp->ready = fiber.warp->existing;
     fiber.warp->lanes.push_back(&fiber);
-    if (state.options.check_races) {
-      fiber.order.seen.assign(state.threads + shape.cluster_size, 0);
-      fiber.order.fenced = fiber.order.seen;
-      fiber.order.seen[fiber.id] = 1;
-    }
     prepare(fiber.context, fiber_stack(fiber.id), run_fiber);
   }
 }
@@ -282,7 +278,7 @@ static std::string describe_deadlock() {
   std::map<std::string, std::vector<const Fiber*>> by_reason;
   for (const Block& block : state.blocks)
     for (const Fiber& fiber : block.fibers)
-      if (fiber.state == Fiber::kBlocked)
+      if (!(fiber.warp->done >> fiber.lane & 1))
         by_reason[fiber.waiting.text() + site_name(fiber.site)].push_back(&fiber);
   const Index& b = by_reason.begin()->second.front()->view.block;
   text += format(" block (%u,%u,%u)", b.x, b.y, b.z);
@@ -301,8 +297,8 @@ static void run_warp(Warp& warp) {
   const size_t first = state.options.schedule == Schedule::kRandom ? state.random() % n : 0;
   for (size_t i = 0; i < n && state.error.empty(); i++) {
     const size_t lane = state.options.schedule == Schedule::kBackward ? n - 1 - i : (first + i) % n;
+    if (!(warp.ready >> lane & 1)) continue;
     Fiber& fiber = *warp.lanes[lane];
-    if (fiber.state != Fiber::kReady) continue;
     state.running = &fiber;
     current = &fiber.view;
     switch_context(state.scheduler, fiber.context);
@@ -322,12 +318,8 @@ static void run_cluster() {
     ready.clear();
     bool done = true;
     for (Warp* warp : warps) {
-      bool any = false;
-      for (const Fiber* lane : warp->lanes) {
-        any |= lane->state == Fiber::kReady;
-        done &= lane->state == Fiber::kDone;
-      }
-      if (any) ready.push_back(warp);
+      if (warp->ready) ready.push_back(warp);
+      done &= warp->done == warp->existing;
     }
     if (done && state.flying.empty()) return;
     if (ready.empty()) {
@@ -374,6 +366,7 @@ cudaError_t launch(const LaunchShape& shape, const void* kernel, void (*body)(co
     std::shuffle(order.begin(), order.end(), state.random);
   if (state.options.schedule == Schedule::kBackward) std::reverse(order.begin(), order.end());
   for (unsigned first : order) {
+    state.first_block = first * cluster;
     memset(region, 0xA5, region_bytes);  // stale data must never look like zeros
     state.blocks.clear();
     state.blocks.resize(cluster);
@@ -394,6 +387,7 @@ cudaError_t launch(const LaunchShape& shape, const void* kernel, void (*body)(co
     if (!state.error.empty()) break;
   }
   std::free(region);
+  forget_global();  // the next launch begins when this one has ended
   state.blocks.clear();
   state.arguments = nullptr;
   return state.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;

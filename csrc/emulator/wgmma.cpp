@@ -25,9 +25,10 @@ void meet_warpgroup(const char* op, const WgmmaOperands& operands, const All& al
   Warpgroup& group = mine();
   if (me.block->threads < (me.linear / 128 + 1) * 128)
     fail("%s: the block has no complete warpgroup here", op);
-  for (unsigned i = 0; i < 128; i++)
-    if (member(i).state == Fiber::kDone)
-      fail("divergent collective: %s, but %s has exited", op, thread_name(member(i)).c_str());
+  for (unsigned warp = 0; warp < 4; warp++)
+    if (const unsigned gone = me.block->warps[me.linear / 128 * 4 + warp].done)
+      fail("divergent collective: %s, but %s has exited", op,
+           thread_name(member(32 * warp + __builtin_ctz(gone))).c_str());
   if (group.arrived && strcmp(group.op, op) != 0)
     fail("divergent collective: %s meets %s in the warpgroup", op, group.op);
   group.op = op;
@@ -216,16 +217,15 @@ void wgmma_wait(uint32_t pending_groups) {
     // The lanes of a warp pass together: whichever of them arrives on a barrier speaks for all.
     Fiber* last = state.running;
     for (unsigned warp = 0; warp < 4; warp++) {
-      Order order;
-      for (int pass = 0; pass < 2; pass++)
-        for (unsigned lane = 0; lane < 32; lane++) {
-          state.running = &last->block->fibers[last->linear / 128 * 128 + 32 * warp + lane];
-          state.running->wgmma_fenced = false;
-          if (pass == 0)
-            release(order);
-          else
-            acquire(order);
-        }
+      const auto& lanes = last->block->warps[last->linear / 128 * 4 + warp].lanes;
+      Gathering arrived;
+      for (Fiber* lane : lanes) {
+        lane->wgmma_fenced = false;
+        state.running = lane;
+        release(arrived);
+      }
+      const Order all = everything(arrived);
+      for (Fiber* lane : lanes) join(lane->order, all);
     }
     state.running = last;
   });

@@ -6,13 +6,17 @@
 #include "emulator/library.h"
 #include "fragments.h"
 #include "gemm.h"
+#include "in_place_sm90.h"
 #include "reduce_rows.h"
+#include "split_sm80.h"
 
 using namespace reeltime;
 EMULATED(copy_sm80, CopyParams)
 EMULATED(gemm_sm80, GemmParams)
 EMULATED(gemm_sm90, GemmParams)
 EMULATED(reduce_rows, ReduceParams)
+EMULATED(split_sm80, SplitParams)
+EMULATED(in_place_sm90, InPlaceParams)
 EMULATED(fragments_sm90, FragmentParams)
 EMULATED(wgmma_sm90, WgmmaParams)
 EMULATED(boxes_sm90, BoxParams)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The emulator's layouts against the traits in CUTLASS's headers, on the host.  Prints one line per
 // layout, with the number of elements that differ.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED  // those with 72, 136, 160 and 224 columns
 #include <cstdio>
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/mma_atom.hpp>
@@ -88,7 +89,13 @@ int main() {
   check_mma<MMA_Traits<SM80_16x8x16_F32F16F16F32_TN>, 2>("mma m16n8k16 f16");
   check_mma<MMA_Traits<SM80_16x8x16_F32BF16BF16F32_TN>, 2>("mma m16n8k16 bf16");
   check_wgmma_d<MMA_Traits<SM90_64x64x32_S32S8S8_SS_TN>, 64>("wgmma n64 s8, D");
+  check_wgmma_d<MMA_Traits<SM90::GMMA::MMA_64x72x32_F32E4M3E4M3_SS_TN<>>, 72>("wgmma n72, D");
+  check_wgmma_d<MMA_Traits<SM90::GMMA::MMA_64x96x32_S32S8S8_SS_TN>, 96>("wgmma n96 s8, D");
   check_wgmma_d<MMA_Traits<SM90::GMMA::MMA_64x128x32_F32E4M3E4M3_SS_TN<>>, 128>("wgmma n128, D");
+  check_wgmma_d<MMA_Traits<SM90::GMMA::MMA_64x136x32_F32E4M3E4M3_SS_TN<>>, 136>("wgmma n136, D");
+  check_wgmma_d<MMA_Traits<SM90::GMMA::MMA_64x160x32_S32S8S8_SS_TN>, 160>("wgmma n160 s8, D");
+  check_wgmma_d<MMA_Traits<SM90::GMMA::MMA_64x192x32_S32S8S8_SS_TN>, 192>("wgmma n192 s8, D");
+  check_wgmma_d<MMA_Traits<SM90::GMMA::MMA_64x224x32_S32S8S8_SS_TN>, 224>("wgmma n224 s8, D");
   check_wgmma_d<
       MMA_Traits<SM90::GMMA::MMA_64x256x16_F32BF16BF16_SS<GMMA::Major::K, GMMA::Major::K>>, 256>(
       "wgmma n256, D");

@@ -29,4 +29,13 @@ enum class Mistake : int {
   kDivergentBarrier,
   kDeadlock,
   kLocalOverrun,
+  kMissingFence,
+  kMissingSecondFence,
+  kEarlyReset,
+  kStaleCache,
+  kOverlap,
+  kSameValue,
+  kEarlyRead,
+  kLateRead,
+  kReadBack,
 };

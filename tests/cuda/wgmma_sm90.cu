@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One product of every type, width and operand source that Wgmma offers.
+#include <type_traits>
+
 #include "common/launch.h"
 #include "common/ldmatrix.h"
 #include "common/swizzle.h"
@@ -12,8 +14,9 @@ namespace {
 
 template <int N>
 struct SharedStorage {
+  static constexpr int kColumnBoxes = ceil_div(N, 64);  // the last may overhang
   alignas(1024) uint8_t a[64][128];
-  alignas(1024) uint8_t b[N * 128];  // [N][128 bytes] or [N / 64][64][128 bytes]
+  alignas(1024) uint8_t b[kColumnBoxes * 64 * 128];  // [N][128 bytes] or [boxes][64][128 bytes]
   Mbarrier full;
 };
 
@@ -24,6 +27,7 @@ template <class T, class Sum, int N>
 __global__ void __launch_bounds__(128)
     wgmma_kernel(const WgmmaParams p, const __grid_constant__ TensorMap a_map,
                  const __grid_constant__ TensorMap b_map) {
+  constexpr int kColumnBoxes = SharedStorage<N>::kColumnBoxes;
   auto& shared = shared_storage<SharedStorage<N>>();
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
@@ -32,10 +36,10 @@ __global__ void __launch_bounds__(128)
   }
   sync_block();
   if (thread == 0) {
-    shared.full.arrive_expect((64 + N) * 128);
+    shared.full.arrive_expect((64 + (p.transposed_b ? kColumnBoxes * 64 : N)) * 128);
     tma_load(shared.a, a_map, shared.full, {0, 0});
     if (p.transposed_b)
-      for (int i = 0; i < N / 64; i++)
+      for (int i = 0; i < kColumnBoxes; i++)
         tma_load(shared.b + i * 64 * 128, b_map, shared.full, {i * 64, 0});
     else
       tma_load(shared.b, b_map, shared.full, {0, 0});
@@ -96,9 +100,28 @@ cudaError_t launch_one(const WgmmaParams& p, cudaStream_t stream) {
 
 template <class T, class Sum>
 cudaError_t launch_type(const WgmmaParams& p, cudaStream_t stream) {
-  if (p.N == 64) return launch_one<T, Sum, 64>(p, stream);
-  if (p.N == 128) return launch_one<T, Sum, 128>(p, stream);
-  return p.N == 256 ? launch_one<T, Sum, 256>(p, stream) : cudaErrorInvalidValue;
+  if constexpr (std::is_same_v<T, e4m3>) {
+    if (p.N == 72) return launch_one<T, Sum, 72>(p, stream);
+    if (p.N == 136) return launch_one<T, Sum, 136>(p, stream);
+  }
+  switch (p.N) {
+    case 64:
+      return launch_one<T, Sum, 64>(p, stream);
+    case 96:
+      return launch_one<T, Sum, 96>(p, stream);
+    case 128:
+      return launch_one<T, Sum, 128>(p, stream);
+    case 160:
+      return launch_one<T, Sum, 160>(p, stream);
+    case 192:
+      return launch_one<T, Sum, 192>(p, stream);
+    case 224:
+      return launch_one<T, Sum, 224>(p, stream);
+    case 256:
+      return launch_one<T, Sum, 256>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace

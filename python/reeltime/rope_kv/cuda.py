@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reeltime.native import code, code_of, launch, processors, stride, unless
+from reeltime import native
+from reeltime.native import code, code_of, launch, stride, unless
 from reeltime.rope_kv import api
 from reeltime.rope_kv.reference import BLOCK
 
@@ -126,7 +127,7 @@ def query_int8(
         sm_scale=sm_scale,
         dtype=code(q.dtype),
         weight_dtype=code_of(weight),
-        processors=processors(q.device),
+        processors=native.processors(q.device),
     )
     return out, low, scale
 
@@ -192,5 +193,5 @@ def write(
         cache_k_dtype=code(cache_k.dtype),
         cache_v_dtype=code(cache_v.dtype),
         mean_dtype=code_of(k_mean),
-        processors=processors(k.device),
+        processors=native.processors(k.device),
     )
