@@ -440,12 +440,12 @@ for C in (200, 201):
 
 def test_no_bank_is_asked_twice():
     with emulated("norm", flavour="race", count_banks=True):
-        x = draw(1, 130, 384, dtype=torch.bfloat16)
-        mod = draw(1, 2, 384)
+        library = parameters.library("norm", "sm80", "race", ())
+        x, mod = draw(1, 130, 384, dtype=torch.bfloat16), draw(1, 2, 384)
         norm.gated_residual_norm(x, x, mod, scale=mod, shift=mod, backend="cuda")
-        rows = parameters.library("norm", "sm80", "race").banks()
+        rows = library.banks()
         norm.norm(x, scale=mod, quantize="int8", block_rows=128, backend="cuda")
-        rows += parameters.library("norm", "sm80", "race").banks()
+        rows += library.banks()
     assert sum(row["requests"] for row in rows) > 1000
     assert [row for row in rows if row["wavefronts"] > row["ideal"]] == []
 
@@ -530,10 +530,9 @@ MUTATIONS = {
 @pytest.fixture(scope="module")
 def mutated():
     """All of them compiled, side by side."""
-    source, exports = parameters.CSRC / "norm/sm80.cu", parameters.library("norm", "sm80", "race")
-    assert exports.flavour == "race"
+    source = parameters.CSRC / "norm/sm80.cu"
+    edits = [(*FLOAT_ONLY, mutation) for mutation in MUTATIONS.values()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        edits = [(*FLOAT_ONLY, mutation) for mutation in MUTATIONS.values()]
         list(pool.map(lambda edit: emulate.compile_one(source, "race", edit), edits))
 
 

@@ -159,8 +159,9 @@ class Op:
         self.kernels: dict[str, Callable[..., Any]] = {"reference": reference}
         self.unless: dict[str, Callable[..., str | None]] = {}
         self.gradients: dict[str, Callable[..., Any]] = {}
-        # (backend, device) -> the table it was resolved by, what it resolved to, its `unless`.
-        self.resolved: dict[tuple[str, torch.device], tuple[Any, str, Any]] = {}
+        # (backend, device) -> the table it was resolved by, and what it offers in order: backends
+        # and their `unless`.
+        self.resolved: dict[tuple[str, torch.device], tuple[Any, Any]] = {}
         self.overload = self._register(schema, fake)
         if differentiable:
             torch.library.register_autograd(
@@ -210,17 +211,29 @@ class Op:
         unless = self.unless.get(backend)
         return None if unless is None else unless(device, *args)
 
+    def _offers(self, backend: str, device: torch.device) -> tuple[tuple[str, Any], ...]:
+        """What may serve a call, best first: (backend, its `unless`)."""
+        rows = [row.backend for row in TABLE if row.family == self.family and row.runs_on(device)]
+        return tuple(
+            (name, self.unless.get(name))
+            for name in dict.fromkeys(rows)
+            if backend in ("auto", name)
+            and (name in self.kernels or load(self.family, name, self.name))
+        )
+
     def run(self, backend: str, device: torch.device, *args: Any) -> Any:
         """Run on what `backend` resolves to: the reference directly, a kernel behind the op."""
-        tracing = torch.compiler.is_compiling()
-        known = None if tracing else self.resolved.get((backend, device))
-        if known and known[0] is TABLE and not (known[2] and known[2](device, *args)):
-            chosen = known[1]
-        else:
+        chosen = None
+        if not torch.compiler.is_compiling():
+            known = self.resolved.get((backend, device))
+            if known is None or known[0] is not TABLE:
+                known = self.resolved[backend, device] = (TABLE, self._offers(backend, device))
+            for name, unless in known[1]:
+                if unless is None or unless(device, *args) is None:
+                    chosen = name
+                    break
+        if chosen is None:  # or to say why
             chosen = resolve(self.family, backend, device, self, args)
-            # Remembered only if nothing better was refused: other arguments it might serve.
-            if not tracing and chosen == resolve(self.family, backend, device):
-                self.resolved[backend, device] = (TABLE, chosen, self.unless.get(chosen))
         if chosen == "reference":
             return self.reference(*args)
         if unwatched(args[0]) or device.type == "meta":  # on meta the op would run its fake
