@@ -287,11 +287,24 @@ def test_fp8_needs_products_of_it(row):
     assert kernels.refuses(a.to(torch.int8), b.to(torch.int8)) is None
 
 
+@pytest.mark.parametrize("sm", [80, 90])
+def test_rows_of_wider_matrices(sm):
+    """a and b as columns 32 to 175 of matrices of 208 and 240; other strides are refused."""
+    a, b, *scales = integers(70, 72, 144)
+    wide = [torch.full((70, 208), 99, dtype=torch.int8), torch.full((72, 240), 99).to(torch.int8)]
+    views = [whole[:, 32:176].copy_(x) for whole, x in zip(wide, (a, b), strict=True)]
+    with emulated("gemm_w8a8", sm=sm):
+        assert torch.equal(cuda((*views, *scales)).long(), a.long() @ b.long().t())
+        odd = torch.zeros(70, 200, dtype=torch.int8)[:, :144]
+        with pytest.raises(arch.UnsupportedArchError, match="multiples of 16"):
+            cuda((odd, b, *scales))
+
+
 def test_addresses_are_aligned():
     a, b, a_scale, b_scale = integers(2, 3, 16)
     shifted = torch.cat([torch.zeros(1, dtype=torch.int8), a.flatten()])[1:].view(2, 16)
     with emulated("gemm_w8a8"):
-        with pytest.raises(arch.UnsupportedArchError, match="multiple of 16"):
+        with pytest.raises(arch.UnsupportedArchError, match="multiples of 16"):
             cuda((shifted, b, a_scale, b_scale))
 
 
@@ -353,7 +366,8 @@ for rows, scales in ((1, M), (128, 1)):
         out_scale = np.zeros((scales, 1), np.float32)
         run("gemm_w8a8", a=a, b=b, a_scale=ones, b_scale=few, bias=y[0], residual=y, gate=y[:2],
             out=out, out_scale=out_scale if codes else None, M=M, N=N, K=K, block_rows=rows,
-            frame_rows=35, stride_am=3, stride_ak=1, stride_bn=3, stride_bk=1, stride_bias=1,
+            frame_rows=35, stride_a=K, stride_b=K, stride_am=3, stride_ak=1, stride_bn=3,
+            stride_bk=1, stride_bias=1,
             stride_rm=N, stride_rn=1, stride_gf=N, stride_gn=1, dtype=3, bias_dtype=0,
             residual_dtype=0, gate_dtype=0, out_dtype=3 if codes else 0, epilogue=2, processors=1)
         want = a.astype(int) @ b.astype(int).T + 2

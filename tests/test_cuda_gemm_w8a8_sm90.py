@@ -354,6 +354,7 @@ def given(M, N, K):
         [f"stride_{name}" for name in ("am", "bn", "bias", "rm", "rn", "gf", "gn")], 0
     )
     numbers = dict(M=M, N=N, K=K, block_rows=1, frame_rows=M, stride_ak=1, stride_bk=1)
+    numbers |= dict(stride_a=K, stride_b=K)
     dtypes = dict(dtype=3, bias_dtype=0, residual_dtype=0, gate_dtype=0, out_dtype=0)
     tensors = dict(a=a, b=b, a_scale=a_scale, b_scale=b_scale, out=torch.zeros(M, N))
     return tensors | nothing | strides | numbers | dtypes | dict(epilogue=0, processors=1)
@@ -553,7 +554,8 @@ for rows, scales, processors in ((1, M, 2), (128, 2, 1)):
         run("gemm_w8a8", dict(
             a=a, b=b, a_scale=ones, b_scale=few, bias=y[0], residual=y, gate=y[:2], out=out,
             out_scale=out_scale if codes else None, M=M, N=N, K=K, block_rows=rows, frame_rows=65,
-            stride_am=3, stride_ak=1, stride_bn=3, stride_bk=1, stride_bias=1, stride_rm=N,
+            stride_a=K, stride_b=K, stride_am=3, stride_ak=1, stride_bn=3, stride_bk=1,
+            stride_bias=1, stride_rm=N,
             stride_rn=1, stride_gf=N, stride_gn=1, dtype=3, bias_dtype=0, residual_dtype=0,
             gate_dtype=0, out_dtype=3 if codes else 0, epilogue=2, processors=processors))
         want = a.astype(int) @ b.astype(int).T + 2

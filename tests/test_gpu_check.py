@@ -114,7 +114,8 @@ def test_outside_of_a_checkout_is_exit_2(tmp_path):
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_passes_out_and_commit_on():
     done = subprocess.run(
-        ["make", "-n", "gpu-check", "OUT=/tmp/x", "COMMIT=abc", "PYTHON=python9", "ARGS=--dry-run"],
+        ["make", "--no-print-directory", "-n", "gpu-check", "OUT=/tmp/x", "COMMIT=abc",
+         "PYTHON=python9", "ARGS=--dry-run"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

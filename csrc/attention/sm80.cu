@@ -293,8 +293,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         for (int r = 0; r < 2; r++) {
           const float* shift = shared.shift[warp][next.j % kGroup];
           bias[r] = p.smooth == Smooth::kBlock ? shift[16 * i + 8 * r + lane / 4] : 0.0f;
-          bias[r] = fmaf(-kIntBiasFloat, scale, bias[r]);
         }
+        take_scores(x[i], scale, bias);
         if (!free) mask_scores(x[i], scale, bias, p, row + 16 * i, first_key);
         if (!rows[i].raise(x[i], scale, bias, past)) {
 #pragma unroll

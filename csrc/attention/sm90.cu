@@ -285,8 +285,8 @@ DEVICE bool weigh(typename C::V::Probabilities& probability, int32_t (&x)[8][4],
   for (int r = 0; r < 2; r++) {
     bias[r] = 0.0f;
     if (p.smooth == Smooth::kBlock) bias[r] = shared.shift[query.warp()][block][lane / 4 + 8 * r];
-    bias[r] = fmaf(-kIntBiasFloat, scale, bias[r]);
   }
+  take_scores(x, scale, bias);
   if (walk.j >= tile.free) mask_scores(x, scale, bias, p, query.row, walk.j * kKeys);
   const bool same = rows.raise(x, scale, bias, past);
   C::V::exponentiate(probability, rows, x, scale, bias, past);

@@ -4,8 +4,7 @@
 //   x[n][e]: row g + 8 (e / 2), key 8 n + 2 t + e % 2, with g = lane / 4 and t = lane % 4
 //
 // An int8 score is 12582912 + sum, read as a float (convert.h), and means scale * x + bias[row]:
-// one FFMA takes it to the exponent.  The bias holds -12582912 scale, whose rounding, the same for
-// a row's 64 keys, is below one step of the integers that are summed.
+// one FFMA takes it to the exponent (take_scores).
 #pragma once
 #include "common/approx.h"
 #include "common/convert.h"
@@ -16,6 +15,22 @@ namespace reeltime {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kMinusInfinity = -__builtin_inff();
+
+// Scores as scale * x + bias[row].  The bias takes in -12582912 scale and is rounded: by 0.75 scale
+// at most, the same for a row's 64 keys, below what one step of q and k is worth.  Where steps are
+// coarse, in blocks of zeros, whose scale is 1, or of outliers, x is made exact instead.
+DEVICE void take_scores(int32_t (&x)[8][4], float scale, float (&bias)[2]) {
+  constexpr float kCoarse = 0.0009765625f;  // 2^-10: probabilities are off by 2^-11 of themselves
+  if (scale < kCoarse) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) bias[r] = fmaf(-kIntBiasFloat, scale, bias[r]);
+  } else {
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) x[n][e] = static_cast<int32_t>(bits_of(biased_to_float(x[n][e])));
+  }
+}
 
 // Of two rows, g and g + 8.
 struct SoftmaxRows {
@@ -52,7 +67,7 @@ struct SoftmaxRows {
 
   // Probabilities, of which the largest is 1, as the A operands of four products of 16 keys.  NaN
   // in scale or bias makes those of its rows NaN.  Rounding to float16 is unbiased, so that the sum
-  // needs none of it.
+  // needs none of it, and the lse is exact.
   DEVICE void exponentiate(uint32_t (&p)[4][4], const int32_t (&x)[8][4], float scale,
                            const float (&bias)[2], const float (&past)[2]) {
     float sum[2] = {0.0f, 0.0f};

@@ -15,7 +15,7 @@ namespace reeltime {
 enum class Epilogue : int32_t { kNone, kGelu, kGatedResidual };
 
 struct GemmParams {
-  const void* a;         // [M, K] int8 or e4m3, contiguous; 16-byte aligned, K % 16 == 0
+  const void* a;         // [M, K] int8 or e4m3, K contiguous; 16-byte aligned, K % 16 == 0
   const void* b;         // [N, K], type of a
   const float* a_scale;  // [ceil(M / bm), ceil(K / 128)], any strides
   const float* b_scale;  // [ceil(N / 128), ceil(K / 128)], any strides
@@ -25,10 +25,11 @@ struct GemmParams {
   void* out;             // [M, N] contiguous
   float* out_scale;      // [ceil(M / bm), ceil(N / 128)] contiguous, or null
   int M, N, K;
-  int block_rows;            // bm: 1 or 128
-  int frame_rows;            // M / F: frame(m) = m / frame_rows
-  int stride_am, stride_ak;  // of a_scale
-  int stride_bn, stride_bk;  // of b_scale
+  int block_rows;              // bm: 1 or 128
+  int frame_rows;              // M / F: frame(m) = m / frame_rows
+  int64_t stride_a, stride_b;  // from row to row of a and b, multiples of 16
+  int stride_am, stride_ak;    // of a_scale
+  int stride_bn, stride_bk;    // of b_scale
   int stride_bias;
   int64_t stride_rm, stride_rn;                  // of residual
   int64_t stride_gf, stride_gn;                  // of gate

@@ -101,36 +101,38 @@ struct Loader {
 
   const uint8_t *a, *b;  // this thread's first chunk
   int rows_a, rows_b;    // from its first row to the end of a and b
+  int64_t stride_a, stride_b;
   int k, K;
   uint32_t place;  // of the first chunk in a tile
 
-  DEVICE Loader(const GemmParams& p, int m, int n) : K(p.K) {
+  DEVICE Loader(const GemmParams& p, int m, int n)
+      : stride_a(p.stride_a), stride_b(p.stride_b), K(p.K) {
     const int row = static_cast<int>(threadIdx.x) / Layout::kChunks;
     const int chunk = static_cast<int>(threadIdx.x) % Layout::kChunks;
     k = chunk * 16;
     rows_a = p.M - (m + row);
     rows_b = p.N - (n + row);
-    a = static_cast<const uint8_t*>(p.a) + int64_t{m + row} * K + k;
-    b = static_cast<const uint8_t*>(p.b) + int64_t{n + row} * K + k;
+    a = static_cast<const uint8_t*>(p.a) + (m + row) * stride_a + k;
+    b = static_cast<const uint8_t*>(p.b) + (n + row) * stride_b + k;
     place = Layout::chunk(row, chunk);  // kRows is a multiple of 8: later rows swizzle alike
   }
 
   // Fills a stage with the K block that this thread has come to.  What lies outside is zeros.
   DEVICE void fetch(Stage& stage) {
-    copy<Config::kBlockM>(shared_address(stage.a), a, rows_a);
-    copy<Config::kBlockN>(shared_address(stage.b), b, rows_b);
+    copy<Config::kBlockM>(shared_address(stage.a), a, stride_a, rows_a);
+    copy<Config::kBlockN>(shared_address(stage.b), b, stride_b, rows_b);
     a += Config::kBlockK;
     b += Config::kBlockK;
     k += Config::kBlockK;
   }
 
   template <int kTileRows>
-  DEVICE void copy(uint32_t tile, const uint8_t* from, int rows) const {
+  DEVICE void copy(uint32_t tile, const uint8_t* from, int64_t stride, int rows) const {
     static_assert(kRows % 8 == 0 && kTileRows % kRows == 0, "");
 #pragma unroll
     for (int i = 0; i < kTileRows; i += kRows) {
       const bool valid = i < rows && k < K;
-      cp_async(tile + place + i * Config::kBlockK, valid ? from + int64_t{i} * K : from, valid);
+      cp_async(tile + place + i * Config::kBlockK, valid ? from + i * stride : from, valid);
     }
   }
 };
@@ -311,8 +313,9 @@ cudaError_t gemm_w8a8_sm80(const GemmParams& p, cudaStream_t stream) {
   const bool codes_in = p.dtype == Dtype::kInt8 || p.dtype == Dtype::kE4m3;
   const bool codes_out = p.out_dtype == Dtype::kInt8 || p.out_dtype == Dtype::kE4m3;
   const auto addresses = reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b);
-  if (addresses % 16 != 0 || !codes_in || codes_out != (p.out_scale != nullptr) || p.K % 16 != 0 ||
-      p.processors < 1 || (p.block_rows != 1 && p.block_rows != 128))
+  if (addresses % 16 != 0 || (p.K && (p.stride_a | p.stride_b) % 16 != 0) || !codes_in ||
+      codes_out != (p.out_scale != nullptr) || p.K % 16 != 0 || p.processors < 1 ||
+      (p.block_rows != 1 && p.block_rows != 128))
     return cudaErrorInvalidValue;
   if (p.M == 0 || p.N == 0) return cudaSuccess;
   const bool whole_blocks = p.out_scale && p.block_rows == 128;  // only a large tile has them

@@ -373,8 +373,10 @@ cudaError_t launch_tiles(const GemmParams& p, int cluster, cudaStream_t stream) 
   plan.staged = N * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 
   TensorMap a_map{}, b_map{}, out_map{};
-  const TensorShape<2> a{{K, M}, {K}, {kBlockK, Tiles::kRows / (kShareA ? 2 : 1)}};
-  const TensorShape<2> b{{K, N}, {K}, {kBlockK, kColumns / (kShareA ? 1 : 2)}};
+  const TensorShape<2> a{
+      {K, M}, {static_cast<uint64_t>(p.stride_a)}, {kBlockK, Tiles::kRows / (kShareA ? 2 : 1)}};
+  const TensorShape<2> b{
+      {K, N}, {static_cast<uint64_t>(p.stride_b)}, {kBlockK, kColumns / (kShareA ? 1 : 2)}};
   const uint32_t chunk_columns = kChunkBytes / size;
   const TensorShape<2> out{{N, M}, {N * size}, {chunk_columns, Slab::kRows}};
   cudaError_t error = cudaSuccess;

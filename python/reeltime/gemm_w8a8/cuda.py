@@ -23,8 +23,8 @@ def refuses(a: Tensor, b: Tensor, *rest: Any) -> str | None:
             return "float8_e4m3fn needs sm89 or newer; here backend='reference' has it"
         if arch.tensor_core["fp8"] not in PRODUCTS:
             return f"float8_e4m3fn on {arch.name} needs tcgen05, which backend='triton' uses"
-    if a.storage_offset() % 16 or b.storage_offset() % 16:
-        return "its kernels copy 16 bytes at a time: a and b must start at a multiple of 16 bytes"
+    if a.shape[1] and (a.storage_offset() | b.storage_offset() | a.stride(0) | b.stride(0)) % 16:
+        return "its kernels copy 16 bytes at a time: rows of a and b must start at multiples of 16"
     return None
 
 
@@ -63,6 +63,8 @@ def run(
         K=K,
         block_rows=block_rows,
         frame_rows=M if gate is None else M // gate.shape[0],
+        stride_a=a.stride(0),
+        stride_b=b.stride(0),
         stride_am=stride_am,
         stride_ak=stride_ak,
         stride_bn=stride_bn,
