@@ -159,9 +159,8 @@ class Op:
         self.kernels: dict[str, Callable[..., Any]] = {"reference": reference}
         self.unless: dict[str, Callable[..., str | None]] = {}
         self.gradients: dict[str, Callable[..., Any]] = {}
-        # (backend, device) -> the table it was resolved by, and what it offers in order: backends
-        # and their `unless`.
-        self.resolved: dict[tuple[str, torch.device], tuple[Any, Any]] = {}
+        # (backend, device) -> the table it was resolved by, and which backends it offers, in order.
+        self.resolved: dict[tuple[str, torch.device], tuple[Any, tuple[str, ...]]] = {}
         self.overload = self._register(schema, fake)
         if differentiable:
             torch.library.register_autograd(
@@ -211,25 +210,17 @@ class Op:
         unless = self.unless.get(backend)
         return None if unless is None else unless(device, *args)
 
-    def _offers(self, backend: str, device: torch.device) -> tuple[tuple[str, Any], ...]:
-        """What may serve a call, best first: (backend, its `unless`)."""
-        rows = [row.backend for row in TABLE if row.family == self.family and row.runs_on(device)]
-        return tuple(
-            (name, self.unless.get(name))
-            for name in dict.fromkeys(rows)
-            if backend in ("auto", name)
-            and (name in self.kernels or load(self.family, name, self.name))
-        )
-
     def run(self, backend: str, device: torch.device, *args: Any) -> Any:
         """Run on what `backend` resolves to: the reference directly, a kernel behind the op."""
         chosen = None
         if not torch.compiler.is_compiling():
             known = self.resolved.get((backend, device))
             if known is None or known[0] is not TABLE:
-                known = self.resolved[backend, device] = (TABLE, self._offers(backend, device))
-            for name, unless in known[1]:
-                if unless is None or unless(device, *args) is None:
+                offers = [r.backend for r in TABLE if r.family == self.family and r.runs_on(device)]
+                names = tuple(name for name in offers if backend in ("auto", name))
+                known = self.resolved[backend, device] = (TABLE, names)
+            for name in known[1]:
+                if self.refuses(name, device, args) is None:
                     chosen = name
                     break
         if chosen is None:  # or to say why
