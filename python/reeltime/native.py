@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,9 +96,15 @@ def code_of(x: Tensor | None) -> int:
     return 0 if x is None else DTYPES.index(x.dtype)
 
 
-def stride(x: Tensor | None, *dims: int) -> tuple[int, ...]:
-    """Strides in elements; of no tensor, zeros."""
-    return tuple(0 if x is None else x.stride(dim) for dim in dims)
+@functools.cache
+def _stride_names(name: str, dims: str) -> tuple[str, ...]:
+    return tuple(sys.intern(f"stride_{name}{dim}") for dim in dims)
+
+
+def strides(name: str, x: Tensor | None, dims: str) -> dict[str, int]:
+    """The fields stride_<name><dim> of the first dimensions of x, in elements; of no tensor, 0."""
+    names = _stride_names(name, dims)
+    return dict.fromkeys(names, 0) if x is None else dict(zip(names, x.stride(), strict=False))
 
 
 @functools.cache

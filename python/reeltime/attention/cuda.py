@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reeltime.attention import api
 from reeltime.attention.reference import STORED
-from reeltime.native import code, code_of, launch, stride, unless
+from reeltime.native import code, code_of, launch, strides, unless
 from reeltime.rope_kv.reference import BLOCK
 
 SUM_ROWS = 1024  # kSumRows of csrc/attention/encode.h
@@ -113,9 +113,6 @@ def encode_query(
     q_scale = q.new_empty((B, -(-S // BLOCK), H), dtype=torch.float32)
     keys = keys or NO_KEYS | {"S_kv": 0, "H_kv": 0, "E": 0}
     k, v, v_code = (keys[name] for name in ("k", "v", "v_code"))
-    stride_qb, stride_qs, stride_qh = stride(q, 0, 1, 2)
-    stride_kb, stride_ks, stride_kh = stride(k, 0, 1, 2)
-    stride_vb, stride_vs, stride_vh = stride(v, 0, 1, 2)
     launch(
         "encode_qkv",
         q.device,
@@ -127,15 +124,9 @@ def encode_query(
         S_q=S,
         H=H,
         D=D,
-        stride_qb=stride_qb,
-        stride_qs=stride_qs,
-        stride_qh=stride_qh,
-        stride_kb=stride_kb,
-        stride_ks=stride_ks,
-        stride_kh=stride_kh,
-        stride_vb=stride_vb,
-        stride_vs=stride_vs,
-        stride_vh=stride_vh,
+        **strides("q", q, "bsh"),
+        **strides("k", k, "bsh"),
+        **strides("v", v, "bsh"),
         smooth=SMOOTH.index(smooth),
         x_dtype=code(q.dtype),
         v_dtype=code_of(v_code),
@@ -164,10 +155,6 @@ def run(
     if mask is not None:
         mask = mask.expand(B, H, L, N)
         mask = mask.view(torch.int8) if mask.dtype == torch.bool else mask
-    stride_qo, stride_qb, stride_ql, stride_qh = stride(q, 0, 1, 2, 3)
-    stride_kb, stride_ks, stride_kn, stride_kh = stride(k, 0, 1, 2, 3)
-    stride_vb, stride_vs, stride_vn, stride_vh = stride(v, 0, 1, 2, 3)
-    stride_mb, stride_mh, stride_ml, stride_mn = stride(mask, 0, 1, 2, 3)
     launch(
         "attention",
         q.device,
@@ -195,22 +182,10 @@ def run(
         T=1 if table is None else table.shape[0],
         causal=int(causal is not None),
         first_last=N - L if causal == "bottom_right" else 0,
-        stride_qo=stride_qo,
-        stride_qb=stride_qb,
-        stride_ql=stride_ql,
-        stride_qh=stride_qh,
-        stride_kb=stride_kb,
-        stride_ks=stride_ks,
-        stride_kn=stride_kn,
-        stride_kh=stride_kh,
-        stride_vb=stride_vb,
-        stride_vs=stride_vs,
-        stride_vn=stride_vn,
-        stride_vh=stride_vh,
-        stride_mb=stride_mb,
-        stride_mh=stride_mh,
-        stride_ml=stride_ml,
-        stride_mn=stride_mn,
+        **strides("q", q, "oblh"),
+        **strides("k", k, "bsnh"),
+        **strides("v", v, "bsnh"),
+        **strides("m", mask, "bhln"),
         sm_scale=sm_scale,
         smooth=SMOOTH.index(smooth),
         q_dtype=code(q.dtype),

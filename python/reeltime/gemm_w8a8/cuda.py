@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reeltime import native
 from reeltime.gemm_w8a8 import api
-from reeltime.native import code, code_of, launch, stride, unless
+from reeltime.native import code, code_of, launch, strides, unless
 
 PRODUCTS = ("QMMA", "QGMMA")  # of e4m3, that these kernels have
 
@@ -42,10 +42,6 @@ def run(
     epilogue: str,
 ) -> None:
     M, N, K = a.shape[0], b.shape[0], a.shape[1]
-    stride_am, stride_ak = a_scale.stride()
-    stride_bn, stride_bk = b_scale.stride()
-    stride_rm, stride_rn = stride(residual, 0, 1)
-    stride_gf, stride_gn = stride(gate, 0, 1)
     launch(
         "gemm_w8a8",
         a.device,
@@ -65,15 +61,11 @@ def run(
         frame_rows=M if gate is None else M // gate.shape[0],
         stride_a=a.stride(0),
         stride_b=b.stride(0),
-        stride_am=stride_am,
-        stride_ak=stride_ak,
-        stride_bn=stride_bn,
-        stride_bk=stride_bk,
-        stride_bias=stride(bias, 0)[0],
-        stride_rm=stride_rm,
-        stride_rn=stride_rn,
-        stride_gf=stride_gf,
-        stride_gn=stride_gn,
+        **strides("a", a_scale, "mk"),
+        **strides("b", b_scale, "nk"),
+        stride_bias=0 if bias is None else bias.stride(0),
+        **strides("r", residual, "mn"),
+        **strides("g", gate, "fn"),
         dtype=code(a.dtype),
         bias_dtype=code_of(bias),
         residual_dtype=code_of(residual),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reeltime import native
-from reeltime.native import code, code_of, launch, stride, unless
+from reeltime.native import code, code_of, launch, strides, unless
 from reeltime.norm import api
 
 FLOATS = native.DTYPES[:3]
@@ -62,10 +62,6 @@ def run(
     if not x.numel():
         return x_new, y, y_scale
     frames = tokens(gate, L), tokens(scale, L), tokens(shift, L)
-    stride_hb, stride_hl = stride(h, 0, 1)
-    stride_gb, stride_gf, stride_gc = stride(gate, 0, 1, 2)
-    stride_cb, stride_cf, stride_cc = stride(scale, 0, 1, 2)
-    stride_sb, stride_sf, stride_sc = stride(shift, 0, 1, 2)
     launch(
         "normalise",
         x.device,
@@ -89,21 +85,13 @@ def run(
         scale_rows=frames[1],
         shift_rows=frames[2],
         segment_rows=math.gcd(*frames),
-        stride_xb=x.stride(0),
-        stride_xl=x.stride(1),
-        stride_hb=stride_hb,
-        stride_hl=stride_hl,
-        stride_wc=stride(weight, 0)[0],
-        stride_bc=stride(bias, 0)[0],
-        stride_gb=stride_gb,
-        stride_gf=stride_gf,
-        stride_gc=stride_gc,
-        stride_cb=stride_cb,
-        stride_cf=stride_cf,
-        stride_cc=stride_cc,
-        stride_sb=stride_sb,
-        stride_sf=stride_sf,
-        stride_sc=stride_sc,
+        **strides("x", x, "bl"),
+        **strides("h", h, "bl"),
+        **strides("w", weight, "c"),
+        **strides("b", bias, "c"),
+        **strides("g", gate, "bfc"),
+        **strides("c", scale, "bfc"),
+        **strides("s", shift, "bfc"),
         eps=eps,
         kind=KINDS[kind],
         x_dtype=code(x.dtype),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reeltime.native import code, launch, unless
+from reeltime.native import code, launch, strides, unless
 from reeltime.quant import api
 
 
@@ -23,7 +23,7 @@ def quantize(x: Tensor, dtype: torch.dtype, block_rows: int) -> tuple[Tensor, Te
         x_scale=x_scale,
         M=M,
         K=K,
-        stride_xm=x.stride(0),
+        **strides("x", x, "m"),
         block_rows=block_rows,
         x_dtype=code(x.dtype),
         dtype=code(dtype),
@@ -43,10 +43,8 @@ def dequantize(xq: Tensor, x_scale: Tensor, block_rows: int, dtype: torch.dtype)
         x=x,
         M=M,
         K=K,
-        stride_qm=xq.stride(0),
-        stride_qk=xq.stride(1),
-        stride_sm=x_scale.stride(0),
-        stride_sk=x_scale.stride(1),
+        **strides("q", xq, "mk"),
+        **strides("s", x_scale, "mk"),
         block_rows=block_rows,
         dtype=code(xq.dtype),
         x_dtype=code(dtype),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reeltime import native
-from reeltime.native import code, code_of, launch, stride, unless
+from reeltime.native import code, code_of, launch, strides, unless
 from reeltime.rope_kv import api
 from reeltime.rope_kv.reference import BLOCK
 
@@ -31,7 +31,7 @@ def _too_wide(head_dim: int, *rows: Tensor | None) -> str | None:
     """What the kernels of 64 tokens cannot hold; the rows are tokens in dimension 1."""
     if head_dim > WIDEST:
         return f"its kernels hold head_dim <= {WIDEST}, got {head_dim}"
-    if BLOCK * max(stride(x, 1)[0] for x in rows) >= 2**32:
+    if BLOCK * max((x.stride(1) for x in rows if x is not None), default=0) >= 2**32:
         return f"its kernels count the elements of {BLOCK} tokens in 32 bits"
     return None
 
@@ -45,8 +45,6 @@ def _rotate_rows(
     out: Tensor,
 ) -> None:
     B, T, N, H, D = x.shape
-    names = ("stride_xb", "stride_xt", "stride_xn", "stride_xh", "stride_xd")
-    stride_to, stride_tl = stride(table, 0, 1)
     launch(
         "rotate_rows",
         x.device,
@@ -55,9 +53,8 @@ def _rotate_rows(
         table=table,
         out=out,
         **{"B": B, "T": T, "N": N, "H": H, "D": D, "O": 1 if table is None else table.shape[0]},
-        **dict(zip(names, x.stride(), strict=True)),
-        stride_to=stride_to,
-        stride_tl=stride_tl,
+        **strides("x", x, "btnhd"),
+        **strides("t", table, "ol"),
         eps=eps,
         sm_scale=sm_scale,
         dtype=code(x.dtype),
@@ -107,7 +104,6 @@ def query_int8(
     out = q.new_empty((offsets, B, L, num_heads, C // num_heads))
     low = q.new_empty(out.shape, dtype=torch.int8)
     scale = q.new_empty((offsets, B, blocks, num_heads), dtype=torch.float32)
-    stride_to, stride_tl = stride(table, 0, 1)
     launch(
         "query_int8",
         q.device,
@@ -119,10 +115,8 @@ def query_int8(
         code=low,
         scale=scale,
         **{"B": B, "L": L, "H": num_heads, "D": C // num_heads, "O": offsets},
-        stride_qb=q.stride(0),
-        stride_ql=q.stride(1),
-        stride_to=stride_to,
-        stride_tl=stride_tl,
+        **strides("q", q, "bl"),
+        **strides("t", table, "ol"),
         eps=eps,
         sm_scale=sm_scale,
         dtype=code(q.dtype),
@@ -179,11 +173,9 @@ def write(
         h=h,
         z=z,
         **{"B": B, "F": slots.shape[0], "N": N, "H": H, "D": D, "S": S},
-        stride_kb=k.stride(0),
-        stride_kl=k.stride(1),
-        stride_vb=v.stride(0),
-        stride_vl=v.stride(1),
-        stride_tl=stride(table, 0)[0],
+        **strides("k", k, "bl"),
+        **strides("v", v, "bl"),
+        **strides("t", table, "l"),
         stride_s=slots.stride(0),
         eps=eps,
         phi=api.PHI.index(phi),
