@@ -120,6 +120,13 @@ def in_place(library: Library, mistake: int = 0, **how: object) -> None:
     np.testing.assert_array_equal(outputs["neighbour"], [1, 0, 3, 2])
 
 
+def exchange(library: Library, mistake: int = 0, **how: object) -> None:
+    x = np.arange(4 * 512, dtype=np.float32).reshape(4, 512)
+    out = np.full_like(x, np.nan)
+    library.run("exchange_sm90", dict(x=x, out=out, mistake=mistake), ["out"], **how)
+    np.testing.assert_array_equal(out, np.roll(np.roll(x, 1, 0), -4, 1))
+
+
 KERNELS = {
     "copy_sm80": copy,
     "gemm_sm80": functools.partial(gemm, "gemm_sm80"),
@@ -128,6 +135,7 @@ KERNELS = {
     "multicast_sm90": multicast,
     "split_sm80": split,
     "in_place_sm90": in_place,
+    "exchange_sm90": exchange,
 }
 
 
@@ -198,6 +206,16 @@ PLANTED = [
         rf"TMA load of byte \d+ of y, written by {OTHER}.* fence",
     ),
     ("in_place_sm90", "ReadBack", rf"load .* of y, after a write by {OTHER} .*, a TMA store"),
+    ("exchange_sm90", "EarlyReuse", rf"{BYTE}, after a (read|write) by thread .* of rank \d"),
+    ("exchange_sm90", "MissingBarrier", rf"{BYTE}, after a (read|write) by thread .* of rank \d"),
+    ("exchange_sm90", "WrongRank", "mapa: rank 4 of a cluster of 4"),
+    ("exchange_sm90", "Misaligned", rf"st.shared::cluster: {BYTE} is not aligned to 16"),
+    ("exchange_sm90", "SharedOverrun", r"st.shared::cluster: shared bytes \d+ to \d+ are .* 4096"),
+    (
+        "exchange_sm90",
+        "EarlyExit",
+        r"exits, after an access to its .* of rank \d|in the block of rank \d, which has exited",
+    ),
     ("in_place_sm90", "Overlap", r"TMA \w+ .* of y, after a (write|read) by .*block \(\d,0,0\)"),
 ]
 

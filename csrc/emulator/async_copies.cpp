@@ -128,6 +128,7 @@ void mbarrier_init(uint32_t address, uint32_t arrivals) {
 void mbarrier_arrive(uint32_t address, uint32_t arrivals, uint32_t transaction_bytes) {
   KERNEL_SITE();
   const Place place = resolve(address, 8, 8, "mbarrier.arrive");
+  touch_remote(*place.block, "mbarrier.arrive");
   Mbarrier& barrier = find(place, "mbarrier.arrive");
   barrier.bytes += transaction_bytes;
   if (barrier.bytes >= 1 << 20) fail("mbarrier: %lld bytes announced", (long long)barrier.bytes);

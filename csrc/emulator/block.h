@@ -180,6 +180,7 @@ struct Block {
   BlockBarrier barriers[16];
   std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by offset
   std::vector<Shadow> shadow;
+  std::map<unsigned, Read> remote;  // the last access from another block, by its thread
   uint32_t engine_clock = 0;
 };
 
@@ -263,6 +264,9 @@ void touch_read(Block& block, const Fiber& by, uint32_t offset, size_t bytes, co
                 Proxy proxy = Proxy::kGeneric);
 void touch_write(Block& block, const Fiber& by, uint32_t offset, size_t bytes, const char* op);
 void touch_atomic(Block& block, const Fiber& by, uint32_t offset, size_t bytes, const char* op);
+// An access from another block of the cluster, and the end of the block: none may come after it.
+void touch_remote(Block& block, const char* op);
+void check_exit(const Block& block);
 // An asynchronous write is legal from its issue, where it must follow all earlier accesses, and
 // forbids any other access until it is complete.
 void begin_write(Block& block, uint32_t offset, size_t bytes, const char* op);

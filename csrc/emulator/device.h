@@ -99,6 +99,7 @@ void mbarrier_arrive(uint32_t address, uint32_t arrivals, uint32_t transaction_b
 void mbarrier_wait(uint32_t address, uint32_t parity);
 bool mbarrier_test(uint32_t address, uint32_t parity);
 uint32_t map_to_rank(uint32_t address, unsigned rank);
+void store_in_cluster(uint32_t address, const void* value, size_t bytes);
 
 // --- Asynchronous copies ---------------------------------------------------------------------
 

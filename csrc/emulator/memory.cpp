@@ -27,6 +27,14 @@ uint32_t map_to_rank(uint32_t address, unsigned rank) {
   return (address & ((1u << kRankShift) - 1)) | (rank + 1) << kRankShift;
 }
 
+void store_in_cluster(uint32_t address, const void* value, size_t bytes) {
+  KERNEL_SITE();
+  const Place place = resolve(address, bytes, bytes, "st.shared::cluster");
+  touch_remote(*place.block, "st.shared::cluster");
+  touch_write(*place.block, *state.running, place.offset, bytes, "st.shared::cluster");
+  memcpy(place.pointer(), value, bytes);
+}
+
 Place resolve(uint32_t address, size_t bytes, size_t alignment, const char* op) {
   const uint32_t rank = address >> kRankShift;
   Block* block =

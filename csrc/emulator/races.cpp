@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The last accesses to every byte of shared memory.  Two accesses to a byte, one of them a write,
 // race unless the later one's thread knows the earlier one (clocks.cpp).
+#include <algorithm>
+
 #include "emulator/block.h"
 
 namespace reeltime::emulator {
@@ -108,6 +110,22 @@ void touch_atomic(Block& block, const Fiber& by, uint32_t offset, size_t bytes, 
     cell.write = epoch_of(by);
     cell.write_site = short_site(by.site);
     cell.atomic = true;
+  }
+}
+
+void touch_remote(Block& block, const char* op) {
+  const Fiber& me = *state.running;
+  if (&block == me.block) return;
+  if (block.live == 0) fail("%s in the block of rank %u, which has exited", op, block.rank);
+  if (state.options.check_races) block.remote[me.id] = {epoch_of(me), short_site(me.site)};
+}
+
+void check_exit(const Block& block) {
+  for (const auto& [thread, access] : block.remote) {
+    const auto known = [&](const Fiber& fiber) { return knows(fiber, access.epoch); };
+    if (!std::any_of(block.fibers.begin(), block.fibers.end(), known))
+      fail("exits, after an access to its shared memory by %s%s that no barrier orders before it",
+           owner(thread).c_str(), long_site(access.site).c_str());
   }
 }
 

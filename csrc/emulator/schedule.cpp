@@ -217,6 +217,7 @@ static void run_fiber() {
   // Shared memory is given to another block as soon as this one has exited.
   if (!me.bulk.committed.empty() || !me.bulk.open.empty())
     fail("exits while a TMA store may still read shared memory");
+  if (me.block->live == 1) check_exit(*me.block);
   me.site = nullptr;
   me.warp->ready &= ~(1u << me.lane);
   me.warp->done |= 1u << me.lane;

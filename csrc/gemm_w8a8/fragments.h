@@ -4,9 +4,10 @@
 // A thread's total[i] belongs to rows m and m + 8 of its slab and to pairs of columns, eight apart.
 // What lies along columns (bias, gate) comes through shared memory, the residual directly.  The
 // result leaves through chunks, 64 bytes of each of the slab's rows, swizzled as TMA reads them:
-// 16, 32 or 64 columns.  Shared memory then carries the result's own bytes, not float32 sums.
+// 16, 32 or 64 columns.  Shared memory then carries the result's own bytes, not float32 sums; those
+// only go from one block to another, where K is in parts.
 #pragma once
-#include "common/barrier.h"
+#include "common/cluster.h"
 #include "common/stmatrix.h"
 #include "common/swizzle.h"
 #include "common/wgmma.h"
@@ -47,6 +48,53 @@ struct alignas(2 * sizeof(T)) Pair {
   T at[2];
 };
 
+// --- Sums of parts -------------------------------------------------------------------------------
+
+// Of a slab, as another block of the cluster leaves them here: thread by thread, as its registers
+// held them, so that a warp stores and loads 512 bytes at once.
+template <int kColumns>
+struct PartialSums {
+  Vector<float> at[kColumns / 8][Slab::kThreads];
+};
+
+// Each block of the cluster holds total over its part of K; block `owner` gets their sum.  Two by
+// two, in rounds: in the first, blocks whose ranks differ in bit 0 are partners, and the one unlike
+// the owner gives its sums away.  The order of additions is then the same in each launch.
+// NOTE: all threads of the cluster take part: the others by attend_exchange.
+template <int kColumns, int kGroups>
+DEVICE void exchange(const Slab& slab, int parts, unsigned owner,
+                     PartialSums<kColumns> (&received)[2][kGroups], float (&total)[kColumns / 2]) {
+  const unsigned rank = cluster_rank(), unlike = rank ^ owner;
+  sync_cluster();  // nobody needs what `received` lies over
+#pragma unroll 1
+  for (int round = 0; 1 << round < parts; round++) {
+    const unsigned bit = 1u << round, place = unlike & (2 * bit - 1);
+    auto& sums = received[round][slab.group()].at;
+    if (place == bit) {
+      const uint32_t to = address_in_rank(shared_address(&sums[0][slab.thread()]), rank ^ bit);
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; i++) {
+        const float* y = total + i * 4;
+        store_in_cluster(to + i * sizeof sums[0], {y[0], y[1], y[2], y[3]});
+      }
+    }
+    sync_cluster();  // what was given has arrived
+    if (place == 0) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; i++) {
+        const Vector<float> y = sums[i][slab.thread()];
+#pragma unroll
+        for (int j = 0; j < 4; j++) total[i * 4 + j] += y.at[j];
+      }
+    }
+  }
+}
+
+DEVICE void attend_exchange(int parts) {
+  sync_cluster();
+  for (int round = 0; 1 << round < parts; round++) sync_cluster();
+}
+
 // --- Bias, gate, residual ------------------------------------------------------------------------
 
 // A row of bias or gate: each thread fetches its share of the tile's columns, and shares them.
@@ -80,7 +128,7 @@ template <int kColumns>
 DEVICE void prefetch_residual(const GemmParams& p, const Slab& slab) {
   if (!p.residual || p.stride_rn != 1) return;
   const int bytes = size_of(p.residual_dtype), columns = 128 / bytes;  // of a cache line
-  const int lines = kColumns / columns;
+  const int lines = ceil_div(kColumns, columns);
 #pragma unroll 1
   for (int i = slab.thread(); i < Slab::kRows * lines; i += Slab::kThreads) {
     const int m = slab.m0 + i / lines, n = slab.n0 + i % lines * columns;

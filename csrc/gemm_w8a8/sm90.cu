@@ -22,24 +22,34 @@
 // still have products.  (I2FP, where mma.sync kernels preset d to kIntBias and subtract: wgmma adds
 // in place, so that the preset would be a move per sum.)
 //
-// Two blocks with neighbouring tiles form a cluster: each loads half of what both read, the larger
-// operand of the tile, and multicasts it.  Tiles, by what bounds them: see clocks_per_block.
+// Two blocks with neighbouring tiles form a cluster: each loads half of what both read and
+// multicasts it.  Tiles, by what bounds them (choice.h):
 //
 //   128 x 192   the most products per byte for 64 x kColumns of d and total in registers
 //   192 x 128   the same, where a requantised row needs its 128 columns in one tile
+//   128 x 160   where it fills its waves better
 //   128 x 128   requantised in blocks of 128 rows; where it ends sooner
+//
+// Where tiles are few, a cluster of 2 or 4 blocks has one of them, each block a share of its K
+// blocks.  Sums meet through distributed shared memory, in the rings, which have drained: each slab
+// in a block of its own, so that two blocks receive, end the equation and store at once.  Stream-K
+// (arXiv:2301.03598) has sums meet in global memory.  For 128 x 128 in two parts that is 32 KB per
+// block to L2 and 32 KB back, 1024 clocks at 64 bytes, and trips to L2 for a fence, a counter and
+// the other block's sums; here it is 32 KB at 16 bytes, 2048 clocks, and two barriers of a cluster.
+// The clocks differ little; but here is no workspace, no counter to reset, and no block that waits
+// for one which may not run.
 //
 // Floor: 2 M N K over the int8 rate, or (M + N) K + M N itemsize bytes over the bandwidth.
 #include "common/barrier.h"
 #include "common/launch.h"
 #include "common/tma.h"
 #include "common/wgmma.h"
+#include "gemm_w8a8/choice.h"
 #include "gemm_w8a8/fragments.h"
 
 namespace reeltime {
 namespace gemm_sm90 {
 
-constexpr int kBlockK = 128;      // bytes of a row in a stage
 constexpr int kPanelRows = 2048;  // of a, that stay in L2
 constexpr int kRegisters = 65536;
 
@@ -48,48 +58,69 @@ struct Config {
   static constexpr int kGroups = kGroups_;
   static constexpr int kRows = kGroups * Slab::kRows, kColumns = kColumns_;
   static constexpr int kThreads = (kGroups + 1) * Slab::kThreads;
-  static constexpr bool kShareA = kRows > kColumns;  // in a cluster; otherwise b
   static constexpr int kStages = kRows + kColumns > 256 ? 5 : 6;
-  static constexpr int kChunks = kGroups == 3 ? 2 : kColumns == 192 ? 3 : 4;  // staged at a time
+  // Staged at a time: all of 16 bits, where there is room
+  static constexpr int kChunks = kGroups == 3 ? 2 : kColumns == 192 ? 3 : kColumns / 32;
   // Of a thread: d and total alone are kColumns
   static constexpr int kProducerRegisters = 24, kGroupRegisters = kGroups == 2 ? 240 : 160;
   static_assert(kProducerRegisters + kGroups * kGroupRegisters <= kRegisters / Slab::kThreads, "");
-  static_assert(kColumns % 64 == 0, "64 columns lie in one block of b_scale");
+  // Three groups have no register left for it, and choose() does not ask
+  static constexpr bool kInParts = kGroups == 2;
+  // That lie in one block of b_scale, wherever a tile begins
+  static constexpr int kScaleColumns = kColumns % 64 == 0 ? 64 : 32;
+  static_assert(kColumns % kScaleColumns == 0 && kColumns <= kTileColumns + kScaleColumns, "");
+};
+
+template <class Tiles>
+struct alignas(1024) Stage {  // the swizzle's period
+  uint8_t a[Tiles::kRows * kBlockK], b[Tiles::kColumns * kBlockK];
 };
 
 template <class Tiles>
 struct SharedStorage {
-  struct alignas(1024) Stage {  // the swizzle's period
-    uint8_t a[Tiles::kRows * kBlockK], b[Tiles::kColumns * kBlockK];
-  } stage[Tiles::kStages];
+  union {
+    Stage<Tiles> stage[Tiles::kStages];
+    PartialSums<Tiles::kColumns> received[2][Tiles::kGroups];  // once the ring has drained
+  };
   alignas(1024) Chunk out[Tiles::kGroups][Tiles::kChunks];
   Mbarrier full[Tiles::kStages], left[Tiles::kGroups][Tiles::kStages];
   float columns[Tiles::kGroups][Tiles::kColumns];  // of bias or gate
   float amax[2][8];                                // of every warp, for this tile and the next
 };
 static_assert(sizeof(SharedStorage<Config<2, 128>>) <= 227 * 1024, "");
+static_assert(sizeof(SharedStorage<Config<2, 160>>) <= 227 * 1024, "");
 static_assert(sizeof(SharedStorage<Config<2, 192>>) <= 227 * 1024, "");
 static_assert(sizeof(SharedStorage<Config<3, 128>>) <= 227 * 1024, "");
+
+struct Share {  // of the K blocks
+  int first, end;
+};
 
 // What the launcher decided.  Tiles of a cluster count once, and a cluster walks over them in steps
 // of `slots`; the second block may get one that lies outside of the result.
 struct Plan {
-  int cluster;           // 1 or 2
+  int high, wide;        // tiles of a cluster, one of them 1: if two, each block has one,
+  int parts;             // if one, each block a part of K
   int slots;             // clusters in flight
   int tiles_m, tiles_n;  // of clusters
   int strip;             // for tile_at
-  int blocks;            // of K
+  int blocks, share;     // of K, and of that a block's
+  int apart;             // sums of the parts meet slab by slab in different blocks
   int staged;            // the result goes by TMA: its rows are multiples of 16 bytes
 
-  DEVICE int first() const { return static_cast<int>(blockIdx.x) >> (cluster - 1); }
+  DEVICE int pair() const { return high * wide; }
+  DEVICE int first() const { return static_cast<int>(blockIdx.x) / (pair() * parts); }
   DEVICE int end() const { return tiles_m * tiles_n; }
   template <class Tiles>
   DEVICE Tile start(int index) const {  // the tile's first row and column
     const int rank = static_cast<int>(cluster_rank());
-    Tile tile = tile_at(index, tiles_m, tiles_n, strip);
-    int& across = Tiles::kShareA ? tile.n : tile.m;
-    across = across * cluster + rank;
-    return {tile.m * Tiles::kRows, tile.n * Tiles::kColumns};
+    const Tile tile = tile_at(index, tiles_m, tiles_n, strip);
+    return {(tile.m * high + (rank & (high - 1))) * Tiles::kRows,
+            (tile.n * wide + (rank & (wide - 1))) * Tiles::kColumns};
+  }
+  DEVICE Share blocks_of(unsigned rank) const {
+    const int first = min((static_cast<int>(rank) & (parts - 1)) * share, blocks);
+    return {first, min(first + share, blocks)};
   }
 };
 
@@ -108,31 +139,31 @@ struct Ring {
 
 // --- Producer ------------------------------------------------------------------------------------
 
+// A box of `rows` of an operand.  Halved: the half that is this block's, to both of the cluster.
+DEVICE void load(uint8_t* to, const TensorMap& map, Mbarrier& full, int k, int row, int rows,
+                 bool halved) {
+  if (!halved) {
+    tma_load(to, map, full, {k, row});
+  } else {
+    const int mine = static_cast<int>(cluster_rank()) * (rows / 2);
+    tma_load<2, true>(to + mine * kBlockK, map, full, {k, row + mine}, 3);
+  }
+}
+
 template <class Tiles>
 DEVICE void produce(const Plan& plan, const TensorMap& a_map, const TensorMap& b_map,
                     SharedStorage<Tiles>& shared) {
-  constexpr bool kShareA = Tiles::kShareA;
-  constexpr int kHalf = (kShareA ? Tiles::kRows : Tiles::kColumns) / 2;
-  const TensorMap& own_map = kShareA ? b_map : a_map;
-  const TensorMap& shared_map = kShareA ? a_map : b_map;
+  const Share blocks = plan.blocks_of(cluster_rank());
   Ring<Tiles> ring;
   for (int index = plan.first(); index < plan.end(); index += plan.slots) {
     const Tile at = plan.template start<Tiles>(index);
-    const int own = kShareA ? at.n : at.m, both = kShareA ? at.m : at.n;
-    for (int block = 0; block < plan.blocks; block++) {
+    for (int block = blocks.first; block < blocks.end; block++) {
       const int s = ring.stage, k = block * kBlockK;
       auto& stage = shared.stage[s];
-      uint8_t* halves = kShareA ? stage.a : stage.b;
       shared.left[Tiles::kGroups - 1][s].wait(ring.parity ^ 1);
       shared.full[s].arrive_expect(sizeof stage);
-      tma_load(kShareA ? stage.b : stage.a, own_map, shared.full[s], {k, own});
-      if (plan.cluster == 1) {
-        tma_load(halves, shared_map, shared.full[s], {k, both});
-        tma_load(halves + kHalf * kBlockK, shared_map, shared.full[s], {k, both + kHalf});
-      } else {
-        const int mine = static_cast<int>(cluster_rank()) * kHalf;
-        tma_load<2, true>(halves + mine * kBlockK, shared_map, shared.full[s], {k, both + mine}, 3);
-      }
+      load(stage.a, a_map, shared.full[s], k, at.m, Tiles::kRows, plan.wide == 2);
+      load(stage.b, b_map, shared.full[s], k, at.n, Tiles::kColumns, plan.high == 2);
       ring.advance();
     }
   }
@@ -152,26 +183,32 @@ struct Sum<int8_t> {
 template <class T, class Tiles>
 DEVICE void multiply(const GemmParams& p, const Plan& plan, SharedStorage<Tiles>& shared,
                      Ring<Tiles>& ring, const Slab& slab, float (&total)[Tiles::kColumns / 2]) {
-  constexpr int kSums = Tiles::kColumns / 2, kParts = Tiles::kColumns / 64;
+  constexpr int kSums = Tiles::kColumns / 2, kScaleColumns = Tiles::kScaleColumns;
+  constexpr int kScales = Tiles::kColumns / kScaleColumns;
+  constexpr bool kTwo = Tiles::kColumns > kTileColumns;  // blocks of b_scale in a tile
   const int group = slab.group();
 #pragma unroll
   for (int i = 0; i < kSums; i++) total[i] = 0.0f;
 
   // Scales: of two rows, and of the two blocks of 128 columns that the tile may have a part in
-  const bool middle = slab.n0 % kTileColumns != 0;  // whether columns 64 to 127 lie in the second
+  const int second = kTileColumns - slab.n0 % kTileColumns;  // the first column of the second
+  const unsigned rank = cluster_rank();
+  const Share blocks = plan.blocks_of(rank);
   const float* a_scale[2];
   const float* b_scale[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    a_scale[i] = p.a_scale + int64_t{min(slab.row(2 * i), p.M - 1) / p.block_rows} * p.stride_am;
+    a_scale[i] = p.a_scale + int64_t{min(slab.row(2 * i), p.M - 1) / p.block_rows} * p.stride_am +
+                 int64_t{blocks.first} * p.stride_ak;
     const int n = min(slab.n0 + i * kTileColumns, p.N - 1);
-    b_scale[i] = p.b_scale + int64_t{n / kTileColumns} * p.stride_bn;
+    b_scale[i] =
+        p.b_scale + int64_t{n / kTileColumns} * p.stride_bn + int64_t{blocks.first} * p.stride_bk;
   }
 
-  for (int block = 0; block < plan.blocks; block++) {
+  for (int block = blocks.first; block < blocks.end; block++) {
     // Loads of this block's scales, on their way while the products run
     const float a[2] = {a_scale[0][0], a_scale[1][0]};
-    const float b[2] = {b_scale[0][0], kParts > 2 ? b_scale[1][0] : b_scale[0][0]};
+    const float b[2] = {b_scale[0][0], kTwo ? b_scale[1][0] : b_scale[0][0]};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       a_scale[i] += p.stride_ak;
@@ -196,21 +233,23 @@ DEVICE void multiply(const GemmParams& p, const Plan& plan, SharedStorage<Tiles>
 
     // Release, a lane per warp: its wait covered the warp
     const bool last = group == Tiles::kGroups - 1;
-    if (last && slab.lane() < plan.cluster) shared.left[group][s].give_back_at(slab.lane());
+    if (last && slab.lane() < plan.pair()) shared.left[group][s].give_back_at(rank ^ slab.lane());
     if (!last && slab.lane() == 0) shared.left[group][s].arrive();
     ring.advance();
 
     // Promotion
-    float scale[2][kParts];
+    float scale[2][kScales];
 #pragma unroll
-    for (int g = 0; g < kParts; g++) {
-      const bool second = kParts > 2 && (g == 2 || (g == 1 && middle));
-      scale[0][g] = a[0] * (second ? b[1] : b[0]);
-      scale[1][g] = a[1] * (second ? b[1] : b[0]);
+    for (int g = 0; g < kScales; g++) {
+      const int column = g * kScaleColumns;
+      const bool other = column >= kTileColumns || (kTwo && g > 0 && column >= second);
+      const float b_of_column = other ? b[1] : b[0];
+      scale[0][g] = a[0] * b_of_column;
+      scale[1][g] = a[1] * b_of_column;
     }
 #pragma unroll
     for (int i = 0; i < kSums; i++)
-      total[i] = fmaf(scale[i / 2 % 2][i / 32], static_cast<float>(d[i]), total[i]);
+      total[i] = fmaf(scale[i / 2 % 2][i * 2 / kScaleColumns], static_cast<float>(d[i]), total[i]);
   }
 }
 
@@ -261,6 +300,11 @@ DEVICE void consume(const GemmParams& p, const Plan& plan, const TensorMap& out_
     if (p.bias) bias.fetch(slab, p.bias, p.bias_dtype, 0, p.stride_bias, p.N);
     float total[kColumns / 2];
     multiply<T>(p, plan, shared, ring, slab, total);
+    if (Tiles::kInParts && plan.parts > 1) {  // this is the only tile
+      const unsigned owner = plan.apart & slab.group();
+      exchange(slab, plan.parts, owner, shared.received, total);
+      if (cluster_rank() != owner) break;
+    }
     end_equation(p, slab, bias, shared.columns[slab.group()], total);
     auto& chunks = shared.out[slab.group()];
 
@@ -301,7 +345,7 @@ __global__ void __launch_bounds__(Config<kGroups, kColumns>::kThreads, 1)
     for (int s = 0; s < Tiles::kStages; s++) {
       shared.full[s].init(1);
       for (int g = 0; g < kGroups; g++)
-        shared.left[g][s].init(g == kGroups - 1 ? 4 * plan.cluster : 4);
+        shared.left[g][s].init(g == kGroups - 1 ? 4 * plan.pair() : 4);
     }
     fence_mbarrier_init();
   }
@@ -311,6 +355,7 @@ __global__ void __launch_bounds__(Config<kGroups, kColumns>::kThreads, 1)
   if (threadIdx.x < Slab::kThreads) {
     decrease_registers<Tiles::kProducerRegisters>();
     if (threadIdx.x == 0) produce<Tiles>(plan, a_map, b_map, shared);
+    if (Tiles::kInParts && plan.parts > 1) attend_exchange(plan.parts);
   } else {
     increase_registers<Tiles::kGroupRegisters>();
     consume<T, Tiles>(p, plan, out_map, shared);
@@ -320,63 +365,28 @@ __global__ void __launch_bounds__(Config<kGroups, kColumns>::kThreads, 1)
 
 // --- Launch --------------------------------------------------------------------------------------
 
-struct Choice {
-  int groups, columns, cluster;
-};
-
-// Clocks that a K block of a tile takes: the most of what the tensor cores, shared memory and L2
-// need.  A model, to compare tiles by: 4096 products, 128 bytes of shared memory and kL2Bytes per
-// clock and SM; TMA writes each byte of a stage once, wgmma reads it once, b for each warpgroup.
-inline int clocks_per_block(const Choice& choice) {
-  constexpr int kL2Bytes = 40;
-  const int rows = choice.groups * Slab::kRows, columns = choice.columns;
-  const int products = rows * columns * kBlockK / 4096;
-  const int moved = (rows + columns) + (rows + choice.groups * columns);
-  const int halved = choice.cluster == 2 ? max(rows, columns) / 2 : 0;
-  const int fetched = (rows + columns - halved) * kBlockK / kL2Bytes;
-  return max(products, max(moved * kBlockK / 128, fetched));
-}
-
-// The tile that ends first, in whole waves.  `block_rows`: of a requantised result, or 0.
-Choice choose(int M, int N, int processors, int block_rows) {
-  constexpr Choice kChoices[] = {{2, 192, 2}, {3, 128, 2}, {2, 128, 2},
-                                 {2, 192, 1}, {3, 128, 1}, {2, 128, 1}};
-  Choice best{};
-  int64_t least = INT64_MAX;
-  for (const Choice& choice : kChoices) {
-    int rows = choice.groups * Slab::kRows, columns = choice.columns;
-    if (processors < choice.cluster || (block_rows > 0 && columns != kTileColumns) ||
-        (block_rows > 1 && rows != block_rows))
-      continue;
-    (rows > columns ? columns : rows) *= choice.cluster;
-    const int64_t tiles = int64_t{ceil_div(M, rows)} * ceil_div(N, columns);
-    const int64_t slots = processors / choice.cluster;
-    const int64_t clocks = (tiles + slots - 1) / slots * clocks_per_block(choice);
-    if (clocks < least) best = choice, least = clocks;
-  }
-  return best;
-}
-
 template <class T, int kGroups, int kColumns>
-cudaError_t launch_tiles(const GemmParams& p, int cluster, cudaStream_t stream) {
+cudaError_t launch_tiles(const GemmParams& p, const Choice& choice, cudaStream_t stream) {
   using Tiles = Config<kGroups, kColumns>;
-  constexpr bool kShareA = Tiles::kShareA;
   const uint64_t M = p.M, N = p.N, K = p.K;
   const int size = size_of(p.out_dtype);
   Plan plan;
-  plan.cluster = cluster;
-  plan.tiles_m = ceil_div(p.M, Tiles::kRows * (kShareA ? 1 : cluster));
-  plan.tiles_n = ceil_div(p.N, kColumns * (kShareA ? cluster : 1));
-  plan.slots = min(plan.tiles_m * plan.tiles_n, p.processors / cluster);
-  plan.strip = kPanelRows / (Tiles::kRows * (kShareA ? 1 : cluster));
+  plan.high = choice.high();
+  plan.wide = choice.wide();
+  plan.parts = choice.parts;
+  plan.tiles_m = ceil_div(p.M, Tiles::kRows * plan.high);
+  plan.tiles_n = ceil_div(p.N, kColumns * plan.wide);
+  plan.slots = min(plan.tiles_m * plan.tiles_n, clusters_at_once(choice.cluster(), p.processors));
+  plan.strip = kPanelRows / (Tiles::kRows * plan.high);
   plan.blocks = ceil_div(p.K, kBlockK);
+  plan.share = ceil_div(plan.blocks, plan.parts);
+  plan.apart = !(p.out_scale && p.block_rows == kTileColumns);
   plan.staged = N * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.out) % 16 == 0;
 
   TensorMap a_map{}, b_map{}, out_map{};
-  const TensorShape<2> a{
-      {K, M}, {static_cast<uint64_t>(p.stride_a)}, {kBlockK, Tiles::kRows / (kShareA ? 2 : 1)}};
-  const TensorShape<2> b{
-      {K, N}, {static_cast<uint64_t>(p.stride_b)}, {kBlockK, kColumns / (kShareA ? 1 : 2)}};
+  const uint32_t a_rows = Tiles::kRows / plan.wide, b_rows = kColumns / plan.high;
+  const TensorShape<2> a{{K, M}, {static_cast<uint64_t>(p.stride_a)}, {kBlockK, a_rows}};
+  const TensorShape<2> b{{K, N}, {static_cast<uint64_t>(p.stride_b)}, {kBlockK, b_rows}};
   const uint32_t chunk_columns = kChunkBytes / size;
   const TensorShape<2> out{{N, M}, {N * size}, {chunk_columns, Slab::kRows}};
   cudaError_t error = cudaSuccess;
@@ -385,17 +395,19 @@ cudaError_t launch_tiles(const GemmParams& p, int cluster, cudaStream_t stream) 
   if (plan.staged && error == cudaSuccess)
     error = make_tensor_map(out_map, p.out, size, out, kChunkBytes);
   if (error != cudaSuccess) return error;
+  const unsigned cluster = choice.cluster();
   const Launch with{dim3(plan.slots * cluster), Tiles::kThreads, sizeof(SharedStorage<Tiles>),
-                    static_cast<unsigned>(cluster)};
+                    cluster};
   return launch(gemm_kernel<T, kGroups, kColumns>, with, stream, p, plan, a_map, b_map, out_map);
 }
 
 template <class T>
 cudaError_t launch_type(const GemmParams& p, cudaStream_t stream) {
-  const Choice choice = choose(p.M, p.N, p.processors, p.out_scale ? p.block_rows : 0);
-  if (choice.groups == 3) return launch_tiles<T, 3, 128>(p, choice.cluster, stream);
-  if (choice.columns == 192) return launch_tiles<T, 2, 192>(p, choice.cluster, stream);
-  return launch_tiles<T, 2, 128>(p, choice.cluster, stream);
+  const Choice choice = choose(p.M, p.N, p.K, p.processors, p.out_scale ? p.block_rows : 0);
+  if (choice.groups == 3) return launch_tiles<T, 3, 128>(p, choice, stream);
+  if (choice.columns == 192) return launch_tiles<T, 2, 192>(p, choice, stream);
+  if (choice.columns == 160) return launch_tiles<T, 2, 160>(p, choice, stream);
+  return launch_tiles<T, 2, 128>(p, choice, stream);
 }
 
 }  // namespace gemm_sm90

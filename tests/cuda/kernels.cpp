@@ -4,6 +4,7 @@
 #include "convert.h"
 #include "copy_sm80.h"
 #include "emulator/library.h"
+#include "exchange_sm90.h"
 #include "fragments.h"
 #include "gemm.h"
 #include "in_place_sm90.h"
@@ -17,6 +18,7 @@ EMULATED(gemm_sm90, GemmParams)
 EMULATED(reduce_rows, ReduceParams)
 EMULATED(split_sm80, SplitParams)
 EMULATED(in_place_sm90, InPlaceParams)
+EMULATED(exchange_sm90, ExchangeParams)
 EMULATED(fragments_sm90, FragmentParams)
 EMULATED(wgmma_sm90, WgmmaParams)
 EMULATED(boxes_sm90, BoxParams)

@@ -38,4 +38,6 @@ enum class Mistake : int {
   kEarlyRead,
   kLateRead,
   kReadBack,
+  kWrongRank,
+  kEarlyExit,
 };
