@@ -28,8 +28,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 SOURCES = [
-    emulate.CSRC / f"attention/{name}" for name in ("sm90.cu", "sm90_tile.h", "sm90_values.h")
+    emulate.CSRC / f"attention/{name}"
+    for name in ("sm90.cu", "sm90_producer.h", "sm90_tile.h", "sm90_values.h")
 ]
+KEYS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 VALUES = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 TOP = {"fp16": 1.0, "fp8": 448.0}  # the largest probability
 SMOOTH = (None, "block", "sequence")
@@ -42,6 +44,7 @@ class Case:
     """One call; the defaults are plain tensors."""
 
     values: str = "fp16"
+    keys: str = "int8"
     L: int = 70
     N: int = 100
     D: int = 128
@@ -55,12 +58,37 @@ class Case:
     slots: int = 1
     table: tuple[int, ...] | None = None
     offsets: tuple[int, ...] = ()
+    lists: float | None = None  # share of the blocks of keys that 128 queries see
+    splits: int = 1
+    added: bool = False
     sharp: float = 1.0  # scores in units of their usual size
     seed: int = 0
 
     @property
     def blocks(self) -> int:
         return -(-self.N // 64)
+
+
+def lists(case: Case, g: torch.Generator) -> dict[str, Tensor]:
+    """Some lists are empty, some name blocks of absent entries; what is not theirs is no block."""
+    c, entries = case, 1 if case.table is None else len(case.table)
+    heads, tiles, blocks = (c.B, c.H), -(-c.L // 128), entries * c.blocks
+    seen = torch.rand(*heads, tiles, blocks, generator=g) < c.lists
+    seen[0, -1, 0] = tiles * c.H == 1
+    counts = seen.sum(-1).flatten(0, 1)
+    bounds = torch.cat([counts.new_zeros(c.B * c.H, 1), counts.cumsum(1)], 1) + c.seed % 3
+    room = int(bounds.max())
+    named = torch.full((c.B * c.H, room), 1 << 29, dtype=torch.int32)
+    for row, first, chosen in zip(named, bounds[:, 0].tolist(), seen.flatten(0, 1), strict=True):
+        of_all = chosen.nonzero()[:, 1].to(torch.int32)
+        row[first : first + len(of_all)] = of_all
+    if c.seed % 2:
+        bounds = torch.stack([bounds[:, :-1], bounds[:, 1:]], -1)
+    return dict(
+        list_bounds=bounds.to(torch.int32).view(*heads, *bounds.shape[1:]),
+        list_blocks=named.view(*heads, room),
+        seen=seen,
+    )
 
 
 def numbers(case: Case) -> dict[str, Any]:
@@ -70,6 +98,8 @@ def numbers(case: Case) -> dict[str, Any]:
     offsets = c.offsets or (0,) * len(c.table or ())
 
     def codes(*shape):
+        if c.keys == "fp8":
+            return (torch.randn(shape, generator=g) * 70).to(KEYS["fp8"])
         return torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
 
     def scales(*shape, size):
@@ -90,18 +120,22 @@ def numbers(case: Case) -> dict[str, Any]:
         v_scale=scales(*per_slot, c.D, size=1.0 if c.values == "fp16" else 0.01),
         table=None if c.table is None else torch.tensor(c.table, dtype=torch.int64),
         offset_index=None if c.table is None else torch.tensor(offsets, dtype=torch.int64),
+        added=torch.randn(c.B, c.L, c.H, c.D, generator=g).to(c.out) if c.added else None,
+        **(dict(list_bounds=None, list_blocks=None) if c.lists is None else lists(c, g)),
     )
 
 
 def launch(
     case: Case, x: dict[str, Any], sm_scale: float, mistake: int = 0, **how: Any
 ) -> tuple[Tensor, Tensor]:
-    """out [B, L, H, D] and lse [B, H, L], poisoned before."""
-    c = case
+    """out [splits, B, L, H, D] and lse [splits, B, H, L], poisoned before."""
+    c, bounds = case, x["list_bounds"]
+    x = {name: y for name, y in x.items() if name != "seen"}
     with emulated("attention", sm=90, gpu=HOPPER and not how, **how) as runner:
         x = {n: y.to(runner.device) if isinstance(y, Tensor) else y for n, y in x.items()}
-        out = torch.full((c.B, c.L, c.H, c.D), torch.nan, dtype=c.out, device=runner.device)
-        lse = torch.full((c.B, c.H, c.L), torch.nan, device=runner.device)
+        shape = (c.splits, c.B, c.L, c.H, c.D)
+        out = torch.full(shape, torch.nan, dtype=c.out, device=runner.device)
+        lse = torch.full((c.splits, c.B, c.H, c.L), torch.nan, device=runner.device)
         native.launch(
             "attention",
             runner.device,
@@ -111,6 +145,11 @@ def launch(
             lse=lse,
             **dict(B=c.B, L=c.L, N=c.N, H=c.H, H_kv=c.H_kv, D=c.D, E=c.D, slots=c.slots),
             T=1 if c.table is None else len(c.table),
+            splits=c.splits,
+            room=0 if bounds is None else x["list_blocks"].shape[2],
+            stride_list_head=0 if bounds is None else bounds.stride(1),
+            stride_list_row=0 if bounds is None else bounds.stride(2),
+            pv_skip=math.inf,
             causal=int(c.causal is not None),
             first_last=c.causal or 0,
             **{f"stride_q{n}": s for n, s in zip("oblh", x["q"].stride(), strict=False)},
@@ -122,6 +161,7 @@ def launch(
             q_dtype=native.code(x["q"].dtype),
             mean_dtype=native.code_of(x["k_mean"]),
             mask_dtype=mistake,
+            qk_dtype=native.code(x["k"].dtype),
             v_dtype=native.code(x["v"].dtype),
             out_dtype=native.code(c.out),
         )
@@ -138,7 +178,21 @@ class Sums:
     shift: Tensor  # of lse
 
 
-def oracle(case: Case, x: dict[str, Any], sm_scale: float) -> Sums:
+def seen(case: Case, x: dict[str, Any], t: int, j: int, split: int) -> Tensor:
+    """[B, H, L] which queries see block j of entry t, of a share of their keys."""
+    c, first = case, torch.arange(case.L) // 128 * 128
+    if c.lists is not None:
+        return x["seen"][..., t * c.blocks + j].repeat_interleave(128, 2)[..., : c.L]
+    blocks = torch.full((c.L,), c.blocks)
+    if c.causal is not None:
+        blocks = (-(-(first + c.causal + 128) // 64)).clamp(0, c.blocks)
+    present = [s >= 0 for s in c.table or (0,)]
+    at, steps = sum(present[:t]) * blocks + j, sum(present) * blocks
+    low, high = (steps * s // c.splits for s in (split, split + 1))
+    return ((j < blocks) & (low <= at) & (at < high)).expand(c.B, c.H, c.L)
+
+
+def oracle(case: Case, x: dict[str, Any], sm_scale: float, split: int = 0) -> Sums:
     """In float64, 64 keys at a time, with probabilities rounded as the kernel stores them."""
     c, group, top = case, case.H // case.H_kv, TOP[case.values]
 
@@ -152,7 +206,7 @@ def oracle(case: Case, x: dict[str, Any], sm_scale: float) -> Sums:
         means = by_head(x["k_mean"], 1)
         shift = torch.einsum("blhd,bhd->bhl", x["q"][0].double(), means) * sm_scale
     offsets = [0] if c.table is None else x["offset_index"].tolist()
-    for slot, o in zip((0,) if c.table is None else c.table, offsets, strict=True):
+    for t, (slot, o) in enumerate(zip((0,) if c.table is None else c.table, offsets, strict=True)):
         if slot < 0:
             continue
         step = x["q_scale"][o].double().repeat_interleave(64, 1)[:, : c.L]  # [B, L, H]
@@ -168,6 +222,7 @@ def oracle(case: Case, x: dict[str, Any], sm_scale: float) -> Sums:
             if c.causal is not None:
                 last = torch.arange(c.L).unsqueeze(1) + c.causal
                 s = torch.where(torch.arange(c.N)[keys] <= last, s, -torch.inf)
+            s = s.masked_fill(~seen(c, x, t, j, split).unsqueeze(-1), -torch.inf)
             above = torch.maximum(largest, s.amax(-1))
             finite = above.masked_fill(above == -torch.inf, 0.0)
             past = (largest - finite).exp2()
@@ -198,11 +253,19 @@ def check(case: Case, x: dict[str, Any] | None = None, sm_scale=0.125, **how: An
     e4m3: now and then a probability lies so near to the middle of two neighbours, 1 / 16 apart,
     that float32 decides otherwise.  A wrong scale, row or key is off by 1."""
     x = x or numbers(case)
-    got, got_lse = launch(case, x, sm_scale, **how)
-    sums = oracle(case, x, sm_scale)
+    for split, (got, got_lse) in enumerate(zip(*launch(case, x, sm_scale, **how), strict=True)):
+        check_split(case, x, sm_scale, split, got, got_lse)
+
+
+def check_split(
+    case: Case, x: dict[str, Any], sm_scale: float, split: int, got: Tensor, got_lse: Tensor
+) -> None:
+    sums = oracle(case, x, sm_scale, split)
     blind = sums.total == 0
     want = torch.where(blind.unsqueeze(-1), 0.0, sums.out / sums.total.unsqueeze(-1))
     want = want.transpose(1, 2)
+    if case.added:
+        want = want + x["added"].double()
     lse = (sums.largest + (sums.total / TOP[case.values]).log2()) * LN_2 + sums.shift
     size = want.nan_to_num().square().mean().sqrt().clamp_min(1e-30)
     low = case.values == "fp8"
@@ -243,10 +306,13 @@ def small_integers(case: Case) -> dict[str, Any]:
 
     # Small scales: the bias of softmax.h, 12582912 * scale, takes log2(448) in without much loss
     x["q_scale"], x["k_scale"] = torch.ones_like(x["q_scale"]), 2.0 ** within(-6, -5, x["k_scale"])
-    x["q_code"], x["k"] = 64 * sparse(x["q_code"].shape, 2).to(torch.int8), within(-1, 1, x["k"])
+    x["q_code"] = (64 * sparse(x["q_code"].shape, 2)).to(x["q_code"].dtype)
+    x["k"] = within(-1, 1, x["k"].float()).to(x["k"].dtype)
     x["v"] = within(-2, 2, x["v"].float()).to(x["v"].dtype)
     x["v_scale"] = 2.0 ** within(0, 1, x["v_scale"])
     x["q"] = sparse(x["q"].shape, 1).to(case.dtype)
+    if x["added"] is not None:
+        x["added"] = within(-8, 8, x["added"])
     if x["k_mean"] is not None:
         x["k_mean"] = within(-1, 1, x["k_mean"])
     return x
@@ -254,34 +320,46 @@ def small_integers(case: Case) -> dict[str, Any]:
 
 def check_exactly(case: Case, **how: Any) -> None:
     x, sm_scale = small_integers(case), unit_scale()
-    got, _ = launch(case, x, sm_scale, **how)
-    sums = oracle(case, x, LN_2)
-    assert bool((sums.out.float() == sums.out).all()), "not what this test wants"
-    factor = torch.where(sums.total == 0, 0.0, 1 / sums.total.float())
-    want = (sums.out.float() * factor.unsqueeze(-1)).transpose(1, 2).to(case.out)
-    # ex2.approx is exact on the emulator alone
-    assert float((got - want).abs().max()) <= (2e-6 if HOPPER and not how else 0.0)
+    for split, got in enumerate(launch(case, x, sm_scale, **how)[0]):
+        sums = oracle(case, x, LN_2, split)
+        assert bool((sums.out.float() == sums.out).all()), "not what this test wants"
+        factor = torch.where(sums.total == 0, 0.0, 1 / sums.total.float())
+        want = (sums.out.float() * factor.unsqueeze(-1)).transpose(1, 2)
+        want = (want + x["added"] if case.added else want).to(case.out)
+        # ex2.approx is exact on the emulator alone
+        assert float((got - want).abs().max()) <= (2e-6 if HOPPER and not how else 0.0)
 
 
 SEGMENTS = dict(
     L=130, N=100, slots=3, table=(2, -1, 0, 0, 1, 2, 1, -3), offsets=(1, 1, 0, 0, 1, 0, 0, 9)
 )
-SHORT: dict[str, Any] = dict(L=40, N=30, slots=9, table=(*range(8, -1, -1), 3, -1, 5))
+SHORT: dict[str, Any] = dict(
+    L=40, N=30, slots=9, table=(*range(8, -1, -1), 3, -1, 5), offsets=(0, 1) * 6
+)
 EXACT = {
     "ragged": Case(L=70, N=100),
     "heads": Case(B=2, H=4, H_kv=2, L=130, N=130),
     "a ring and a group": Case(L=64, N=1100),
     "segments": Case(**SEGMENTS),
     "causal": Case(L=200, N=200, causal=0),
+    "lists": Case(B=2, H=4, H_kv=2, L=300, N=700, lists=0.4),
+    "listed segments": Case(**SEGMENTS | dict(L=260), lists=0.5, added=True, seed=1),
+    "splits": Case(**SEGMENTS, splits=3),
+    "causal splits": Case(L=200, N=400, causal=150, splits=3),
 }
 
 
-@pytest.mark.parametrize("D", [128, 64])
-@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize(
+    ("keys", "values", "D"),
+    [
+        *((keys, values, 128) for keys in KEYS for values in VALUES),
+        *(("int8", "fp16", 64), ("fp8", "fp8", 64)),
+    ],
+)
 @pytest.mark.parametrize("name", EXACT)
-def test_bit_for_bit(name, values, D):
+def test_bit_for_bit(name, keys, values, D):
     for smooth in SMOOTH if EXACT[name].table is None else SMOOTH[:2]:
-        check_exactly(replace(EXACT[name], values=values, D=D, smooth=smooth))
+        check_exactly(replace(EXACT[name], keys=keys, values=values, D=D, smooth=smooth))
 
 
 @pytest.mark.parametrize("values", VALUES)
@@ -290,7 +368,7 @@ def test_agrees_with_the_reference(values):
     none that matters."""
     for case in (Case(values, **SEGMENTS, B=2), Case(values, N=200, table=(0,))):
         x = small_integers(case)
-        got, got_lse = launch(case, x, unit_scale())
+        got, got_lse = (y[0] for y in launch(case, x, unit_scale()))
         x["q"] = x["q"].double()
         want, lse = reference.segment_attention(
             *(x[name] for name in ("q", "q_code", "q_scale", "k", "v")),
@@ -316,28 +394,48 @@ NEAR = {
     "causal": Case(L=200, N=200, causal=0, out=torch.float16, dtype=torch.float16),
     "causal, more keys": Case(L=140, N=200, causal=60, smooth="sequence"),
     "causal, blind rows": Case(L=200, N=100, causal=-90),
+    "lists": Case(L=130, N=1500, lists=0.9, added=True, out=torch.bfloat16),
+    "listed segments": Case(**SEGMENTS, B=2, H=2, H_kv=1, lists=0.4, added=True, seed=3),
+    "nothing is listed": Case(L=130, N=100, lists=0.0, added=True),
+    "splits": Case(N=1000, splits=3, smooth="sequence"),
+    "more splits than blocks": Case(**SEGMENTS, splits=16),
+    "causal splits": Case(L=200, N=300, causal=20, splits=3),
+    "splits of nothing": Case(slots=2, table=(-1, -2), splits=2),
 }
 
 
-@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize(("keys", "values"), [("int8", "fp16"), ("int8", "fp8"), ("fp8", "fp8")])
 @pytest.mark.parametrize("name", NEAR)
-def test_near_float64(name, values):
-    check(replace(NEAR[name], values=values, D=64 if "segments" in name else 128))
+def test_near_float64(name, keys, values):
+    check(replace(NEAR[name], keys=keys, values=values, D=64 if "segments" in name else 128))
 
 
 @pytest.mark.parametrize("smooth", SMOOTH)
 @pytest.mark.parametrize("values", VALUES)
-def test_the_op(values, smooth):
+@pytest.mark.parametrize("keys", KEYS)
+def test_the_op(keys, values, smooth):
     """From tensors of a model to its result: encoded by sm80's kernel, attended by sm90's."""
     g = torch.Generator().manual_seed(7)
     q, k, v = (torch.randn(1, n, 2, 64, generator=g).bfloat16() for n in (100, 150, 150))
-    options = dict(qk="int8", pv=values, smooth=smooth, causal=True, return_lse=True)
+    options = dict(qk=keys, pv=values, smooth=smooth, causal=True, return_lse=True)
     with emulated("attention", sm=90) as runner:
         got, lse = api.attention(q, k, v, **options, backend="cuda")
     assert runner.launches == ["encode_qkv_sm80", "attention_sm90"]
     want, wide = api.attention(q.double(), k.double(), v.double(), causal=True, return_lse=True)
-    tolerance = api.TOLERANCE["fp8" if values == "fp8" else "int8"]
+    tolerance = api.TOLERANCE["fp8" if "fp8" in (keys, values) else "int8"]
     assert tolerance.accepts(checks.accuracy(got, want)), checks.accuracy(got, want)
+    assert torch.allclose(lse.double(), wide, atol=0.05)
+
+
+def test_the_op_in_splits():
+    """Few queries, many keys: the parts of this kernel, combined by sm80's."""
+    g = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(1, n, 1, 64, generator=g).bfloat16() for n in (100, 1500, 1500))
+    with emulated("attention", sm=90) as runner:
+        got, lse = api.attention(q, k, v, qk="int8", pv="fp8", return_lse=True, backend="cuda")
+    assert runner.launches == ["encode_qkv_sm80", "attention_sm90", "combine_parts_sm80"]
+    want, wide = api.attention(q.double(), k.double(), v.double(), return_lse=True)
+    assert api.TOLERANCE["fp8"].accepts(checks.accuracy(got, want)), checks.accuracy(got, want)
     assert torch.allclose(lse.double(), wide, atol=0.05)
 
 
@@ -357,7 +455,7 @@ def test_strides(values):
 @pytest.mark.parametrize("values", VALUES)
 def test_nan_spreads_as_far_as_it_is_seen(values):
     """Of a query: its row.  Of a key: the rows that see its block.  Of a value: its channel."""
-    case = Case(values, L=200, N=200, causal=0)
+    case = Case(values, "int8" if values == "fp16" else "fp8", L=200, N=200, causal=0)
     for name, place in (("q", (0, 0, 100)), ("k_scale", (0, 0, 2)), ("k_mean", (0, 0, 1))):
         x = numbers(case)
         x[name][place] = torch.nan
@@ -368,12 +466,21 @@ def test_nan_spreads_as_far_as_it_is_seen(values):
 
 
 def test_what_it_leaves_to_sm80():
-    """Other head dimensions, 32-bit queries with means, caches that four dimensions do not tell."""
+    """Other head dimensions, 32-bit queries with means, caches that four dimensions do not tell;
+    to nobody, triangles of lists, and splits of what is rounded or added to."""
     cases = [(case, numbers(case)) for case in (Case(D=96), Case(D=256), Case(dtype=torch.float32))]
     case = Case(B=2, slots=2, table=(0, 1))
     x = numbers(case)
     cases.append((case, x | {"k": torch.cat([x["k"], x["k"]], 1)[:, :2]}))
     cases.append((Case(), numbers(Case()) | {"k_mean": torch.zeros(1, 1, 2, 1, 128).half()}))
+    for case in (
+        Case(lists=1.0, causal=0),
+        Case(lists=1.0, splits=2),
+        Case(splits=2, added=True),
+        Case(splits=2, out=torch.bfloat16),
+        Case(splits=0),
+    ):
+        cases.append((case, numbers(case)))
     for case, x in cases:
         with pytest.raises(emulate.EmulationError, match="refused"):
             launch(case, x, 0.125, schedule="forward")  # never on a GPU, where sm80 would serve
@@ -383,10 +490,12 @@ def test_what_it_leaves_to_sm80():
 
 
 def check_all(**how: Any) -> None:
-    """Rings go round, of groups too; offsets change; the last block of a slot and the diagonal."""
+    """Rings go round, of groups too; offsets change; the last block of a slot and the diagonal;
+    lists whose groups end at either."""
     check_exactly(Case("fp8", **SEGMENTS), **how)
     check_exactly(Case("fp8", **SHORT), **how)
-    check_exactly(Case("fp8", L=64, N=1100, causal=1030, seed=1), **how)
+    check_exactly(Case("fp8", L=64, N=1100, causal=1030, splits=2, seed=1), **how)
+    check_exactly(Case("fp8", **SEGMENTS, lists=0.7, added=True, seed=1), **how)
 
 
 @pytest.mark.parametrize("landing", emulate.LANDINGS)
@@ -394,24 +503,23 @@ def check_all(**how: Any) -> None:
 def test_every_schedule(schedule, landing):
     for seed in (1, 2):
         check_all(schedule=schedule, landing=landing, seed=seed)
-    check_exactly(Case("fp16", **SEGMENTS), schedule=schedule, landing=landing)
+    for case in (Case("fp16", **SEGMENTS), Case("fp16", "fp8", **SEGMENTS, lists=0.5)):
+        check_exactly(case, schedule=schedule, landing=landing)
 
 
 @pytest.mark.parametrize("schedule", emulate.SCHEDULES)
 def test_without_races(schedule):
     check_all(flavour="race", schedule=schedule, seed=3)
     check_exactly(Case("fp16", **SEGMENTS), flavour="race", schedule=schedule)
+    check_exactly(Case("fp16", "fp8", **SEGMENTS, lists=0.5), flavour="race", schedule=schedule)
     check_exactly(Case("fp16", L=130, N=200, D=64), flavour="race", schedule=schedule)
-    check_exactly(Case("fp8", L=130, N=200, D=64), flavour="race", schedule=schedule)
+    check_exactly(Case("fp8", "fp8", L=130, N=200, D=64), flavour="race", schedule=schedule)
 
 
 # Edits of either file: of statements, or of expressions, which do not end in a semicolon.
 MUTATIONS = {
-    "keys before they have landed": ("shared.k_full[ring.at].wait(ring.parity);", ""),
-    "values before they are transposed": (
-        "ready[ring.at].wait(ring.parity);\n      ring.advance();",
-        "ring.advance();",
-    ),
+    "keys before they have landed": ("shared.k_full[next.at].wait(next.parity);", ""),
+    "values before they are transposed": ("ready[ring.at].wait(ring.parity);", ""),
     "transposed before they have landed": ("shared.v_full[ring.at].wait(ring.parity);", ""),
     "transposed values are not fenced": ("      fence_async_proxy();", ""),
     "one warp has transposed for all": (
@@ -431,8 +539,8 @@ MUTATIONS = {
     "no other parity in the next round": ("parity ^= 1;", ""),
     "products before they are done": ("      wgmma_wait<1>();", "wgmma_wait<2>();"),
     "scores before they are done": (
-        "      wgmma_wait<0>();\n      tie(x);",
-        "wgmma_wait<1>(); tie(x);",
+        "      wgmma_wait<0>();\n      tie_registers(x);",
+        "wgmma_wait<1>(); tie_registers(x);",
     ),
     "registers are not fenced": ("      turn.take();\n      wgmma_fence();", "turn.take();"),
     "nobody has the first turn": ("    turn.begin();", ""),
@@ -442,8 +550,28 @@ MUTATIONS = {
         "",
     ),
     "shifts over those still read": ("sync_warp();  // the group before has been read", ""),
-    "queries before they have landed": ("cp_async_wait<0>();", ""),
-    "the offset of the first entry for all": ("wanted != offset", "offset < 0"),
+    "queries before they have landed": (
+        "    cp_async_wait<0>();\n    sync_warp();",
+        "sync_warp();",
+    ),
+    "means of the group before they have landed": (
+        "      cp_async_wait<0>();\n      sync_warp();",
+        "sync_warp();",
+    ),
+    "means of one lane for all": (
+        "      cp_async_wait<0>();\n      sync_warp();",
+        "cp_async_wait<0>();",
+    ),
+    "one offset for all": ("group.offset != offset", "false"),
+    "one offset for all of a group": ("slot >= 0 && wanted == offset", "slot >= 0"),
+    "absent entries in a group": ("slot >= 0 && wanted == offset", "wanted == offset"),
+    "nobody asks for the next group": ("block % kGroup == 0", "false"),
+    "the lists of other queries": ("tile.first / kQueries * p.stride_list_row", "0"),
+    "read ahead past the list": ("place < end ? list[place] : 0", "list[place]"),
+    "the end for consumers alone": ("v_full.arrive();", ""),
+    "a share without its last block": ("(split + 1) * steps", "(split + 1) * steps - 1"),
+    "all splits to one place": ("static_cast<int>(blockIdx.y) * p.B + b", "b"),
+    "nothing is added": ("if (p.added)", "if (p.added && !(MADE))"),
     "another order of keys": (
         "byte_permute(r[0], r[1], 0x6420)",
         "byte_permute(r[1], r[0], 0x6420)",
@@ -452,16 +580,29 @@ MUTATIONS = {
         "byte_permute(r[2], r[3], 0x7531)",
         "byte_permute(r[2], r[3], 0x6420)",
     ),
-    "scales of other keys": ("{row + lane}", "{MADE ? row : row + lane}"),
-    "scales of other values": (
-        "v_full, {0, tile.h_kv, row}",
-        "v_full, {0, tile.h_kv, row + (MADE)}",
+    "scales of other keys": (
+        "{scale_row(walk.entry, walk.j)}",
+        "{scale_row(walk.entry, MADE ? 0 : walk.j)}",
     ),
-    "scales of other channels": ("four.at[2]", "four.at[1]"),
-    "keys past the end count": ("walk.j >= tile.free", "walk.j > tile.free"),
+    "scales of other values": ("scale_row(entry, j)}", "scale_row(entry, j + (MADE))}"),
+    "scales of other channels": ("scale[1] = four.at[2]", "scale[1] = four.at[MADE ? 1 : 2]"),
+    "keys past the end count": ("j >= tile.free", "j > tile.free"),
     "the diagonal is not seen": ("8 * r + p.first_last + 1", "8 * r + p.first_last"),
+    "maxima of every other key": ("2 * r + i % 2", "2 * r"),
+    "maxima of coarse scores keep their bias": (
+        "scale < kCoarse ? Soft",
+        "MADE || scale < kCoarse ? Soft",
+    ),
     "a new maximum changes nothing": ("!same", "false"),
     "rows past the end are stored": ("if (mine >= p.L) continue;", ""),
+}
+
+
+# All kernels but one, for the sake of time.
+LEFT_OUT = {
+    "  if (p.D == 64) return launch_attention<Config<Key, T, 64>>(p, stream);\n": "",
+    "  if (p.v_dtype == Dtype::kFloat16) return launch_types<Key, float16>(p, stream);\n": "",
+    "  return attend_sm90::launch_keys<e4m3>(p, stream);\n": "  return cudaErrorInvalidValue;\n",
 }
 
 
@@ -480,16 +621,16 @@ def planted() -> dict[str, list[tuple[str, str]]]:
             text = f"({made} ? ({new}) : ({old}))"
         assert sum(file.count(old) for file in files) == 1, old
         files = [file.replace(old, text) for file in files]
-    kernel, tile, values = files
     include = '#include "attention/sm90_{}.h"\n'.format
-    tile = tile.replace("#pragma once", "").replace(include("values"), "")
+    for name in ("producer", "tile", "values"):
+        files = [file.replace(include(name), "") for file in files]
+    kernel, *others = (file.replace("#pragma once", "") for file in files)
+    first = '#include "attention/attention.h"\n'
     edits = {
-        include("tile"): values.replace("#pragma once", "static int mistake;") + tile,
-        include("values"): "",
+        first: "\n".join([first, "static int mistake;", *reversed(others)]),
         "if (!attention_sm90_serves(p))": "mistake = static_cast<int>(p.mask_dtype);\n"
         "if (!attention_sm90_serves(p))",
-        "return attend_sm90::launch_type<float16>(p, stream);": "return cudaErrorInvalidValue;",
-        "  if (p.D == 64) return launch_attention<Config<T, 64>>(p, stream);\n": "",
+        **LEFT_OUT,
     }
     for old, new in edits.items():
         assert kernel.count(old) == 1, old
@@ -512,6 +653,7 @@ def test_under_sanitizers():
     """The kernel for e4m3, with rows and keys past the end and an absent entry."""
     problem = parameters.sanitized(
         "attention",
+        f"LEFT_OUT = {list(LEFT_OUT.items())}"
         """
 L, N, D = 70, 100, 128
 rng = np.random.default_rng(0)
@@ -521,16 +663,19 @@ out, lse = np.full((1, L, 1, D), np.nan, np.float32), np.full((1, 1, L), np.nan,
 ones = np.ones((1, 2, 2, 1, D), np.float32)
 strides = {f"stride_{x}{n}": 0 for x, names in (("q", "oblh"), ("m", "bhln")) for n in names}
 strides |= {f"stride_{x}{n}": s for x in "kv" for n, s in zip("bsnh", (2 * N * D, N * D, D, D))}
-others = "return attend_sm90::launch_type<float16>(p, stream);", "return cudaSuccess;"
-replace = {"sm90.cu": [others,
-    ("  if (p.D == 64) return launch_attention<Config<T, 64>>(p, stream);\\n", "")]}
-parameters.run("attention", "attention", dict(
+replace = {"sm90.cu": LEFT_OUT}
+for bounds, blocks, added in (
+    (None, None, None),
+    (np.array([0, 5], np.int32), np.arange(5, dtype=np.int32), np.ones_like(out)),
+):
+  parameters.run("attention", "attention", dict(
     q=None, q_code=q, q_scale=np.full((1, 1, 2, 1), 2**-6, np.float32), k=k, v=v,
     k_scale=np.full((1, 2, 2, 1), 2**-6, np.float32), k_mean=None, v_scale=ones, mask=None,
     table=np.array([1, -1, 0]), offset_index=np.zeros(3, np.int64), out=out, lse=lse, B=1, L=L, N=N,
-    H=1, H_kv=1, D=D, E=D, slots=2, T=3, causal=1, first_last=N - L, **strides, sm_scale=0.5,
-    smooth=0, q_dtype=0, mean_dtype=0, mask_dtype=0, v_dtype=4, out_dtype=0),
-    sm="sm90", flavour="sanitize", replace=replace)
+    list_bounds=bounds, list_blocks=blocks, added=added, splits=1, room=5, stride_list_head=2,
+    stride_list_row=1, pv_skip=0.0, H=1, H_kv=1, D=D, E=D, slots=2, T=3, causal=int(bounds is None),
+    first_last=N - L, **strides, sm_scale=0.5, smooth=0, q_dtype=0, mean_dtype=0, mask_dtype=0,
+    qk_dtype=3, v_dtype=4, out_dtype=0), sm="sm90", flavour="sanitize", replace=replace)
 assert np.isfinite(out).all() and np.isfinite(lse).all()
 """,
         sm="sm90",
@@ -556,20 +701,21 @@ def test_device_build(tmp_path):
     """No spills, and no word of serialised products (C7510 and its like) or of an ignored
     setmaxnreg.  Products in three places: the first scores, the loop, the last values."""
     build = device_build(SOURCES[0], "90a", tmp_path)
-    assert build.spills == [("0", "0")] * 4
+    assert build.spills == [("0", "0")] * 8
     assert not re.search(r"C7\d\d\d|warning", build.report)
     kernels = build.kernels()
     for kernel in kernels:
-        format, D = re.search(r"attention_kernel\w*?(float16|e4m3)ELi(\d+)", kernel).groups()
-        keys, values = (int(D) // 32, 4) if format == "float16" else (int(D) // 32, 2)
-        name = (
-            f"HGMMA.64x{D}x16.F32" if format == "float16" else f"QGMMA.64x{int(D) + 8}x32.F32.E4M3"
-        )
-        assert kernel.count("IGMMA.64x64x32.S8.S8") == 2 * keys
+        int8, half, size = re.search(r"ConfigI(a)?.*?(float16)?E?Li(\d+)", kernel).groups()
+        D = int(size)
+        keys, scores = D // 32, "IGMMA.64x64x32.S8.S8" if int8 else "QGMMA.64x64x32.F32.E4M3"
+        values = 4 if half else 2
+        name = f"HGMMA.64x{D}x16.F32" if half else f"QGMMA.64x{D + 8}x32.F32.E4M3"
+        assert kernel.count(scores) == 2 * keys
         assert kernel.count(name) == 2 * values
         assert kernel.count("GMMA.64x") == 2 * (keys + values)
-        words = ["UTMALDG.4D", "SYNCS.ARRIVE", "BAR.ARV", "MUFU.EX2"]
-        words += ["LDSM.16.MT88.4", "STSM.16.M88.4"] if format == "e4m3" else []
+        words = ["UTMALDG.4D", "LDGSTS", "SYNCS.ARRIVE", "BAR.ARV", "MUFU.EX2"]
+        words += ["VIMNMX3"] if int8 else []
+        words += [] if half else ["LDSM.16.MT88.4", "STSM.16.M88.4"]
         assert not [word for word in words if word not in kernel]
-        assert {"0x28", "0xe8"} == set(re.findall(r"USETMAXREG.*(0x\w+) ;", kernel))
-    assert len(kernels) == 4
+        assert {"0x38", "0xe0"} == set(re.findall(r"USETMAXREG.*(0x\w+) ;", kernel))
+    assert len(kernels) == 8

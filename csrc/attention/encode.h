@@ -146,24 +146,30 @@ DEVICE void subtract_mean(EncodeStorage& shared, Tokens<kChunks>& k, const Encod
 
 // One scale for all.
 template <int kChunks>
-DEVICE void encode_tokens(EncodeStorage& shared, Tokens<kChunks>& it, int8_t* code, int64_t stride,
-                          float* scale) {
+DEVICE void encode_tokens(EncodeStorage& shared, Tokens<kChunks>& it, Dtype dtype, uint8_t* code,
+                          int64_t stride, float* scale) {
+  const bool integer = dtype == Dtype::kInt8;
+  const float limit = integer ? kLimit<int8_t> : kLimit<e4m3>;
   float amax = 0.0f;
 #pragma unroll
   for (int i = 0; i < it.kTokens; i++)
 #pragma unroll
     for (int e = 0; e < 8; e++) amax = max_magnitude(amax, it.x[i][e]);
   amax = block_reduce<kEncodeWarps>(magnitude(amax), shared.amax, Max());
-  const float step = block_scale(amax, kLimit<int8_t>);
+  const float step = block_scale(amax, limit);
   if (threadIdx.x == 0) *scale = step;
 #pragma unroll
   for (int i = 0; i < it.kTokens; i++) {
     float (&x)[8] = it.x[i];
-    encode_block(x, step, kLimit<int8_t>);
-    const uint64_t high = pack4<int8_t>(x[4], x[5], x[6], x[7]);
+    encode_block(x, step, limit);
+    uint32_t pieces[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      pieces[e] = integer ? pack4<int8_t>(x[4 * e], x[4 * e + 1], x[4 * e + 2], x[4 * e + 3])
+                          : pack4<e4m3>(x[4 * e], x[4 * e + 1], x[4 * e + 2], x[4 * e + 3]);
     if (it.holds(i))
       *reinterpret_cast<uint64_t*>(code + it.token(i) * stride + it.channel) =
-          high << 32 | pack4<int8_t>(x[0], x[1], x[2], x[3]);
+          uint64_t{pieces[1]} << 32 | pieces[0];
   }
 }
 
@@ -241,8 +247,8 @@ __global__ void __launch_bounds__(kEncodeThreads)
     encode_channels(shared, it, p, first, stride, p.v_scale + item * channels);
   } else {
     if (!is_q && p.smooth != Smooth::kNone) subtract_mean(shared, it, p, item, b * heads + h);
-    encode_tokens(shared, it, (is_q ? p.q_code : p.k_code) + first, stride,
-                  (is_q ? p.q_scale : p.k_scale) + item);
+    encode_tokens(shared, it, p.qk_dtype, static_cast<uint8_t*>(is_q ? p.q_code : p.k_code) + first,
+                  stride, (is_q ? p.q_scale : p.k_scale) + item);
   }
 }
 

@@ -30,14 +30,24 @@ DEVICE Rows make_rows(const void* array, int64_t start, int64_t stride, int coun
   return {static_cast<const char*>(array) + start * size, stride * size, count, D, dtype};
 }
 
-DEVICE const uint32_t* words(const Rows& rows, int row, int column) {
+// Some of these rows, by their numbers; a negative one reads as zeros.
+struct ListedRows : Rows {
+  const int* numbers;
+
+  DEVICE bool holds(int row, int column) const { return numbers[row] >= 0 && column < D; }
+  DEVICE const char* at(int row, int column) const { return Rows::at(numbers[row], column); }
+};
+
+template <class R>
+DEVICE const uint32_t* words(const R& rows, int row, int column) {
   return reinterpret_cast<const uint32_t*>(rows.at(row, column));
 }
 
 // d = 16 rows of q, from `row` on, times 8 rows of mu, from `column` on: an mma accumulator.  Every
 // bit counts: by tensor cores where q and mu are of one 16-bit type, whose products are exact in
 // float, and by FFMA where not.
-DEVICE void multiply_means(float (&d)[4], const Rows& q, const Rows& mu, int row, int column) {
+DEVICE void multiply_means(float (&d)[4], const Rows& q, const ListedRows& mu, int row,
+                           int column) {
   const int group = static_cast<int>(lane_index()) / 4, t = static_cast<int>(lane_index()) % 4;
 #pragma unroll
   for (int e = 0; e < 4; e++) d[e] = 0.0f;

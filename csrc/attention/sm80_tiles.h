@@ -58,14 +58,26 @@ DEVICE void copy_tile(uint32_t tile, const void* from, int64_t stride, int rows,
 
 // --- Scores --------------------------------------------------------------------------------------
 
-// x = 12582912 + q.k as the bits of floats, 16 kTiles queries by 64 keys.
+DEVICE void multiply(int32_t (&x)[4], const uint32_t (&q)[4], uint32_t k0, uint32_t k1) {
+  mma_s8(x, q, k0, k1);
+}
+DEVICE void multiply(float (&x)[4], const uint32_t (&q)[4], uint32_t k0, uint32_t k1) {
+  mma_e4m3(x, q, k0, k1);
+}
+DEVICE int32_t bits(int32_t x) { return x; }
+DEVICE int32_t bits(float x) { return static_cast<int32_t>(bits_of(x)); }
+
+// x, 16 kTiles queries by 64 keys, as the bits of floats: of int8, 12582912 + q.k; of e4m3, q.k.
 template <class C>
 DEVICE void multiply_keys(int32_t (&x)[C::kTiles][8][4], uint32_t q_tile, uint32_t k_tile) {
+  using Sum = typename std::conditional<C::kInteger, int32_t, float>::type;
   const int lane = static_cast<int>(lane_index()), warp = static_cast<int>(warp_index());
   const uint32_t my_q = q_tile + TileQ<C>::place(warp * 16 * C::kTiles + lane % 16, lane / 16);
   const uint32_t my_k = k_tile + TileK<C>::place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  Sum sum[C::kTiles][8][4];
 #pragma unroll
-  for (int i = 0; i < 32 * C::kTiles; i++) x[i / 32][i / 4 % 8][i % 4] = kIntBias;
+  for (int i = 0; i < 32 * C::kTiles; i++)
+    sum[i / 32][i / 4 % 8][i % 4] = C::kInteger ? kIntBias : 0;
 #pragma unroll
   for (int k = 0; k < C::kD / 32; k++) {
     uint32_t a[C::kTiles][4];
@@ -77,11 +89,14 @@ DEVICE void multiply_keys(int32_t (&x)[C::kTiles][8][4], uint32_t q_tile, uint32
       ldmatrix_x4(b, TileK<C>::later(my_k, n * 8, k * 2));
 #pragma unroll
       for (int i = 0; i < C::kTiles; i++) {
-        mma_s8(x[i][n], a[i], b[0], b[1]);
-        mma_s8(x[i][n + 1], a[i], b[2], b[3]);
+        multiply(sum[i][n], a[i], b[0], b[1]);
+        multiply(sum[i][n + 1], a[i], b[2], b[3]);
       }
     }
   }
+#pragma unroll
+  for (int i = 0; i < 32 * C::kTiles; i++)
+    x[i / 32][i / 4 % 8][i % 4] = bits(sum[i / 32][i / 4 % 8][i % 4]);
 }
 
 // Where a row may not see all of a block: scores in log2 units, -inf for what is not seen.

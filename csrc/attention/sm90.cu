@@ -2,189 +2,75 @@
 // attention on Hopper: wgmma fed by TMA, by warpgroups that take turns (attention.h says what).
 //
 // A block owns 128 queries of one head and walks that head's keys, 64 at a time, the keys that
-// share scales: entry after entry of the table, of plain tensors the only one.
+// share scales: entry after entry of the table, of plain tensors the only one; all of them, a
+// share, or those of a list.
 //
-//   producer    warpgroup 0: TMA loads by one thread, as far ahead as the ring allows; values of
-//               e4m3 it also transposes (sm90_values.h)
+//   producer    warpgroup 0: loads by one warp, as far ahead as the ring allows; values of e4m3 it
+//               also transposes (sm90_producer.h, sm90_values.h)
 //   consumers   warpgroups 1 and 2, 64 queries each: scores, softmax, products with values
 //
-//   k_full[s], v_full[s]    keys, values and their scales have landed
+//   k_full[s], v_full[s]    keys, values and their scales have landed, and which block they are
 //   turned[s]               values are transposed; of float16 nobody asks
 //   empty[s]                both consumers are done with the stage
 //   group_full, group_empty the same of what 16 blocks of keys need: scales of keys, and mean keys,
 //                           for q.mu is one product of mma.sync ahead of their walk
 //
+// Only the producer knows the order: consumers take what comes until a stage says that it was all.
+//
 // While one consumer turns scores into probabilities the tensor cores work for the other: they wait
 // for each other in front of their products, those of a block's probabilities with values and, for
 // the next softmax, of q with the next block's keys.  Registers of a thread, D = 128:
 //
-//   x      32   scores, 12582912 + q_code.k_code read as floats (softmax.h)
+//   x      32   scores: floats, or 12582912 + q_code.k_code read as such (softmax.h)
 //   q      16   codes of the queries: A operands from registers leave shared memory to B
 //   p      8    probabilities, of float16 16
 //   sums   68   probabilities times values of one block of keys, of float16 64
 //   out    64   += v_scale * sums, the second level: tensor cores keep few bits of e4m3 sums
 //
-// Floor: 2 B H S_q S_kv D operations over the int8 rate plus as many over that of the values.  Per
+// Floor: 2 B H S_q S_kv D operations over the 8-bit rate plus as many over that of the values.  Per
 // 64 queries and keys, D = 128, in clocks of an SM: products 128 + 136 (of float16 128 + 256), exp2
-// 256, and a warp issues 32 scores times some 11 instructions, 350.  A consumer's products hide
-// under the other's softmax, and instructions are what is short: hence no polynomial for a share of
-// exp2, int32 to float by where sums begin, sums of probabilities by tensor cores.
+// 256, and a warp issues some 310 instructions (values of float16 50 more, keys of e4m3 20 fewer).
+// A consumer's products hide under the other's softmax, and instructions are what is short: hence
+// no polynomial for a share of exp2, int32 to float by where sums begin, maxima of integers three
+// at a time, sums of probabilities by tensor cores.
+//
+// pv_skip is left unused: a product is of four warps, which would have to agree, by a barrier more
+// per block.  It would spare values of e4m3 little: 136 clocks that are hidden, and a quarter of
+// the instructions, the second level, but not the sums of probabilities, which come from that
+// product. Those of float16 would gain where most blocks are skipped: two consumers' products take
+// 768 clocks, more than their instructions.
 //
 // Source: FlashAttention-3 (arXiv 2407.08608); SageAttention 2 (arXiv 2411.10958).
 #include "attention/attention.h"
+#include "attention/sm90_producer.h"
 #include "attention/sm90_tile.h"
 #include "attention/sm90_values.h"
 #include "common/cp_async.h"
 #include "common/launch.h"
-#include "common/tma.h"
 
 namespace reeltime {
 namespace attend_sm90 {
 
 constexpr int kThreads = 384;  // three warpgroups
-constexpr int kStages = 6;     // blocks of keys in the ring
-constexpr int kAhead = 3;      // blocks that are loaded ahead of transposition
-constexpr int kGroup = 16;     // blocks of keys whose q.mu is one product
-constexpr int kGroups = 4;     // in flight
-static_assert(kAhead < kStages - 1, "or a transposition waits for the products before it");
-
-template <class T, int kD_>
-struct Config {
-  static constexpr int kD = kD_;  // channels of q, k and v
-  static constexpr int kSize = sizeof(T);
-  using V = Values<T, kD>;
-  static_assert(kD == 64 || kD == 128, "whole swizzled rows");
-};
-
-template <class C>
-struct SharedStorage {
-  static constexpr int kPitch = 20;  // floats: columns of a pair of lanes in different banks
-  struct alignas(1024) Stage {       // the swizzle's period
-    uint8_t k[kKeys * C::kD];
-    typename C::V::Tile v;
-    alignas(128) float v_scale[C::kD];
-  } stage[kStages];
-  struct alignas(1024) Group {
-    uint8_t mean[C::kD / 64][kGroup * 128];  // 64 channels of every block
-    float k_scale[kGroup];
-  } group[kGroups];
-  alignas(1024) uint8_t q[8][C::kD / 64][16 * 128];  // of each warp, 16 bits
-  float shift[8][kGroup][kPitch];                    // of each warp, [block][row]
-  Mbarrier k_full[kStages], v_full[kStages], turned[kStages], empty[kStages];
-  Mbarrier group_full[kGroups], group_empty[kGroups];
-};
-static_assert(sizeof(SharedStorage<Config<e4m3, 128>>) <= 227 * 1024, "");
-
-struct Maps {
-  TensorMap k, v, v_scale, k_mean;
-};
-
-// --- Producer ------------------------------------------------------------------------------------
-
-// Loads in the order of the walk, by one warp, all of whose lanes call.
-template <class C>
-struct Loader {
-  const AttentionParams& p;
-  const Maps& maps;
-  const Tile& tile;
-  SharedStorage<C>& shared;
-  Walk walk;
-  Ring<kStages> ring;
-  Ring<kGroups> groups;
-
-  // Of 16 blocks of keys, but not past those of the slot.
-  DEVICE void load_group(int row) {
-    auto& group = shared.group[groups.at];
-    Mbarrier& full = shared.group_full[groups.at];
-    const int lane = static_cast<int>(lane_index());
-    float scale = 0.0f;
-    if (lane < kGroup && walk.j + lane < tile.blocks)
-      scale = p.k_scale[int64_t{row + lane} * p.H_kv + tile.h_kv];
-    shared.group_empty[groups.at].wait(groups.parity ^ 1);
-    if (lane < kGroup) group.k_scale[lane] = scale;
-    sync_warp();
-    if (lane == 0) {
-      if (p.smooth == Smooth::kBlock) {
-        full.arrive_expect(sizeof group.mean);
-#pragma unroll
-        for (int i = 0; i < C::kD / 64; i++)
-          tma_load(group.mean[i], maps.k_mean, full, {64 * i, tile.h_kv, row});
-      } else {
-        full.arrive();
-      }
-    }
-    groups.advance();
-  }
-
-  // Of the next block of keys, if there is one.
-  DEVICE void load() {
-    if (!walk.more(p)) return;
-    const int row = walk.scale_row(p, tile), entry = tile.b * p.slots + walk.slot;
-    if (walk.j % kGroup == 0) load_group(row);
-    auto& stage = shared.stage[ring.at];
-    Mbarrier &k_full = shared.k_full[ring.at], &v_full = shared.v_full[ring.at];
-    if (lane_index() == 0) {  // lanes that only wait might do so past the release that follows
-      shared.empty[ring.at].wait(ring.parity ^ 1);
-      k_full.arrive_expect(sizeof stage.k);
-      tma_load(stage.k, maps.k, k_full, {0, tile.h_kv, walk.j * kKeys, entry});
-      v_full.arrive_expect(sizeof stage.v.loaded + sizeof stage.v_scale);
-      if constexpr (C::V::kTransposed) {
-        tma_load(stage.v.loaded, maps.v, v_full, {0, tile.h_kv, walk.j * kKeys, entry});
-      } else {
-#pragma unroll
-        for (int i = 0; i < C::kD / 64; i++)
-          tma_load(stage.v.loaded[i], maps.v, v_full, {64 * i, tile.h_kv, walk.j * kKeys, entry});
-      }
-      tma_load(stage.v_scale, maps.v_scale, v_full, {0, tile.h_kv, row});
-    }
-    ring.advance();
-    walk.advance(p, tile);
-  }
-};
-
-template <class C>
-DEVICE void produce(const AttentionParams& p, const Maps& maps, SharedStorage<C>& shared) {
-  const Tile tile(p);
-  const int warp = static_cast<int>(warp_index()), lane = static_cast<int>(lane_index());
-  Loader<C> loader{p, maps, tile, shared, Walk(p, tile), {}, {}};
-  if constexpr (!C::V::kTransposed) {
-    if (warp == 0)
-      while (loader.walk.more(p)) loader.load();
-  } else {
-    for (int s = 0; s < kStages; s++) C::V::write_ones(shared.stage[s].v, threadIdx.x);
-    Ring<kStages> ring;  // the first loads come without a transposition
-#pragma unroll 1
-    for (int step = -kAhead, steps = count_steps(p, tile); step < steps; step++) {
-      if (warp == 0) loader.load();
-      if (step < 0) continue;
-      // The stage was empty when its values were loaded, and so were its transposed ones
-      shared.v_full[ring.at].wait(ring.parity);
-      sync_warp();
-      C::V::transpose(shared.stage[ring.at].v, warp, lane);
-      fence_async_proxy();
-      sync_warp();
-      if (lane == 0) shared.turned[ring.at].arrive();
-      ring.advance();
-    }
-  }
-}
 
 // --- Queries -------------------------------------------------------------------------------------
 
-// 16 queries of a warp, from `row` on, as the current entry of the table sees them.
+// 16 queries of a warp, from `row` on, as the current group of blocks sees them.
 template <class C>
 struct Query {
-  int row, offset = -1;
+  int row, offset = 0;
   uint32_t codes[C::kD / 32][4];  // A operands
   float scale;                    // log2 units of a score per unit of q_code.k_code k_scale
   float group_scale;              // the same with k_scale, of block lane % 16 of the group
+  int shift;                      // where q.mu of this lane's rows is
   Ring<kGroups> groups;
 
   DEVICE static int warp() { return static_cast<int>(warp_index()) - 4; }
   DEVICE void load(const AttentionParams& p, const Tile& tile, SharedStorage<C>& shared) {
     const int lane = static_cast<int>(lane_index()), t = lane % 4;
     const int64_t batch = int64_t{offset} * p.B + tile.b, stride = int64_t{p.H} * C::kD;
-    const int8_t* from = p.q_code + (batch * p.L + row) * stride + tile.h * C::kD + 4 * t;
+    const uint8_t* from = static_cast<const uint8_t*>(p.q_code) + (batch * p.L + row) * stride +
+                          tile.h * C::kD + 4 * t;
 #pragma unroll
     for (int k = 0; k < C::kD / 32; k++)
 #pragma unroll
@@ -213,14 +99,18 @@ struct Query {
     sync_warp();
   }
 
-  // What the next 16 blocks of keys need: their scales in a register, q.mu in shared memory.
-  DEVICE void begin_group(const AttentionParams& p, SharedStorage<C>& shared) {
+  // What the next group needs: scales of keys in a register, q.mu in shared memory.
+  DEVICE void begin_group(const AttentionParams& p, const Tile& tile, SharedStorage<C>& shared) {
     const int lane = static_cast<int>(lane_index());
     const auto& group = shared.group[groups.at];
     shared.group_full[groups.at].wait(groups.parity);
+    if (group.offset != offset) {
+      offset = group.offset;
+      load(p, tile, shared);
+    }
     group_scale = scale * group.k_scale[lane % kGroup];
+    float d[2][4] = {};  // (rows, blocks by 8)
     if (p.smooth == Smooth::kBlock) {
-      float d[2][4] = {};  // (rows, blocks by 8)
 #pragma unroll
       for (int k = 0; k < C::kD / 16; k++) {
         uint32_t a[4], b[4];
@@ -236,60 +126,46 @@ struct Query {
           else
             mma_f16(d[n], a, b[2 * n], b[2 * n + 1]);
       }
-      sync_warp();  // the group before has been read
-#pragma unroll
-      for (int n = 0; n < 2; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          shared.shift[warp()][8 * n + lane % 4 * 2 + e % 2][lane / 4 + e / 2 * 8] =
-              p.sm_scale * kLog2E * d[n][e];
     }
+    sync_warp();  // the group before has been read
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        shared.shift[warp()][8 * n + lane % 4 * 2 + e % 2][lane / 4 + e / 2 * 8] =
+            p.sm_scale * kLog2E * d[n][e];
     sync_warp();
     if (lane == 0) shared.group_empty[groups.at].arrive();
     groups.advance();
-  }
-
-  // Before the scores of another block of keys.
-  DEVICE void meet(const AttentionParams& p, const Tile& tile, const Walk& walk,
-                   SharedStorage<C>& shared) {
-    if (walk.j % kGroup) return;
-    const int wanted = p.offset_index ? static_cast<int>(p.offset_index[walk.t]) : 0;
-    if (wanted != offset) {
-      offset = wanted;
-      load(p, tile, shared);
-    }
-    begin_group(p, shared);
   }
 };
 
 // --- Scores and probabilities --------------------------------------------------------------------
 
-// x = 12582912 + q.k as the bits of floats, 16 queries of each warp by 64 keys; issued.
+// x = q.k, of int8 12582912 more, read as floats; issued.
 template <class C>
-DEVICE void multiply_keys(int32_t (&x)[8][4], const Query<C>& query, const uint8_t* keys) {
+DEVICE void multiply_keys(typename C::Sum (&x)[32], const Query<C>& query, const uint8_t* keys) {
   const uint64_t first = wgmma_descriptor<C::kD>(shared_address(keys));
 #pragma unroll
   for (int k = 0; k < C::kD; k += 32)
-    Wgmma<int8_t, kKeys>::rs(reinterpret_cast<int32_t (&)[32]>(x), query.codes[k / 32],
-                             wgmma_later(first, k));
+    Wgmma<typename C::Key, kKeys>::rs(x, query.codes[k / 32], wgmma_later(first, k),
+                                      C::K::kPreset || k > 0);
 }
 
 // Scores to probabilities.  What was summed before counts `past` times; returns whether that is 1.
 template <class C>
-DEVICE bool weigh(typename C::V::Probabilities& probability, int32_t (&x)[8][4], float (&past)[2],
-                  SoftmaxRows& rows, const AttentionParams& p, const Tile& tile, const Walk& walk,
-                  const Query<C>& query, const SharedStorage<C>& shared) {
-  const int lane = static_cast<int>(lane_index()), block = walk.j % kGroup;
-  float scale = shuffle(query.group_scale, block), bias[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    bias[r] = 0.0f;
-    if (p.smooth == Smooth::kBlock) bias[r] = shared.shift[query.warp()][block][lane / 4 + 8 * r];
-  }
-  take_scores(x, scale, bias);
-  if (walk.j >= tile.free) mask_scores(x, scale, bias, p, query.row, walk.j * kKeys);
-  const bool same = rows.raise(x, scale, bias, past);
-  C::V::exponentiate(probability, rows, x, scale, bias, past);
+DEVICE bool weigh(typename C::V::Probabilities& probability, const typename C::Sum (&x)[32],
+                  float (&past)[2], SoftmaxRows& rows, const AttentionParams& p, const Tile& tile,
+                  unsigned block, const Query<C>& query, const SharedStorage<C>& shared) {
+  const int place = block % kGroup, j = block / kGroup;
+  float scale = shuffle(query.group_scale, place);
+  const float* shift = &shared.shift[0][0][0] + query.shift + place * shared.kPitch;
+  float bias[2] = {shift[0], shift[8]}, tops[2];
+  int32_t y[8][4];
+  C::K::take(y, tops, x, scale, bias);
+  if (j >= tile.free) mask_scores(y, tops, scale, bias, p, query.row, j * kKeys);
+  const bool same = rows.raise(tops, scale, bias, past);
+  C::V::exponentiate(probability, rows, y, scale, bias, past);
   return same;
 }
 
@@ -314,41 +190,46 @@ DEVICE void consume(const AttentionParams& p, SharedStorage<C>& shared) {
   const Turn turn{static_cast<int>(threadIdx.x) / 128 - 1};
   Query<C> query;
   query.row = tile.first + 16 * query.warp();
-  Walk walk(p, tile);
+  query.shift = opaque(query.warp() * kGroup * shared.kPitch + lane / 4);  // or made for each block
+  query.load(p, tile, shared);  // as most groups see them, while the first is on its way
   Ring<kStages> ring;
   SoftmaxRows rows;
   rows.reset();
   float out[C::kD / 2] = {}, past[2];
-  const int steps = count_steps(p, tile);
   auto* ready = C::V::kTransposed ? shared.turned : shared.v_full;
 
-  if (steps > 0) {
+  shared.k_full[0].wait(0);
+  int block = shared.stage[0].block;
+  if (block >= 0) {
     // The first scores
-    int32_t x[8][4];
+    typename C::Sum x[32];
     float sums[C::V::kSums];
     typename C::V::Probabilities probability;
+    bool same;
     turn.begin();
-    query.meet(p, tile, walk, shared);
-    preset(x);
-    shared.k_full[0].wait(0);
+    query.begin_group(p, tile, shared);
+    C::K::preset(x);
     wgmma_fence();
     multiply_keys<C>(x, query, shared.stage[0].k);
     wgmma_commit();
     wgmma_wait<0>();
-    tie(x);
+    tie_registers(x);
 
-    for (int step = 1; step < steps; step++) {
-      const bool same = weigh<C>(probability, x, past, rows, p, tile, walk, query, shared);
-      walk.advance(p, tile);
-      query.meet(p, tile, walk, shared);
-
-      // Products of this block's values and of the next one's keys
+    while (true) {
+      same = weigh<C>(probability, x, past, rows, p, tile, block, query, shared);
       auto& stage = shared.stage[ring.at];
       Mbarrier& empty = shared.empty[ring.at];
+      Ring<kStages> next = ring;
+      next.advance();
+      shared.k_full[next.at].wait(next.parity);
+      block = shared.stage[next.at].block;
       ready[ring.at].wait(ring.parity);
-      ring.advance();
-      shared.k_full[ring.at].wait(ring.parity);
-      preset(x);
+      C::K::preset(x);
+      if (block < 0) break;
+      if (block % kGroup == 0) query.begin_group(p, tile, shared);
+      ring = next;
+
+      // Products of this block's values and of the next one's keys
       turn.take();
       wgmma_fence();
       C::V::multiply(sums, probability, stage.v);
@@ -367,12 +248,10 @@ DEVICE void consume(const AttentionParams& p, SharedStorage<C>& shared) {
       sync_warp();  // all lanes have read their scales
       if (lane == 0) empty.arrive();
       wgmma_wait<0>();
-      tie(x);
+      tie_registers(x);
     }
 
     // The last values
-    const bool same = weigh<C>(probability, x, past, rows, p, tile, walk, query, shared);
-    ready[ring.at].wait(ring.parity);
     turn.take();
     wgmma_fence();
     C::V::multiply(sums, probability, shared.stage[ring.at].v);
@@ -408,12 +287,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   sync_block();
 
-  // Registers: 128 * 40 + 256 * 232 of 65536
+  // Registers: 128 * 56 + 256 * 224 of 65536
   if (threadIdx.x < 128) {
-    decrease_registers<40>();
+    decrease_registers<56>();
     produce<C>(p, maps, shared);
   } else {
-    increase_registers<232>();
+    increase_registers<224>();
     consume<C>(p, shared);
   }
 }
@@ -444,25 +323,28 @@ cudaError_t launch_attention(const AttentionParams& p, cudaStream_t stream) {
     const uint64_t rows = static_cast<uint64_t>(p.B) * p.slots * ceil_div(p.N, kKeys);
     const TensorShape<3> v_scale{
         {D, H, rows}, {D * 4, D * H * 4}, {static_cast<uint32_t>(p.D), 1, 1}};
-    const TensorShape<3> k_mean{{D, H, rows}, {D * 2, D * H * 2}, {64, 1, kGroup}};
     cudaError_t error =
         map_cache(maps.k, p, p.k, 1, p.stride_kb, p.stride_ks, p.stride_kn, p.stride_kh);
     if (error == cudaSuccess)
       error =
           map_cache(maps.v, p, p.v, C::kSize, p.stride_vb, p.stride_vs, p.stride_vn, p.stride_vh);
     if (error == cudaSuccess) error = make_tensor_map(maps.v_scale, p.v_scale, 4, v_scale, 0);
-    if (error == cudaSuccess && p.smooth == Smooth::kBlock)
-      error = make_tensor_map(maps.k_mean, p.k_mean, 2, k_mean, 128);
     if (error != cudaSuccess) return error;
   }
-  const dim3 grid(ceil_div(p.L, kQueries) * p.H * p.B);
+  const dim3 grid(ceil_div(p.L, kQueries) * p.H * p.B, p.splits);
   return launch(attention_kernel<C>, {grid, kThreads, sizeof(SharedStorage<C>)}, stream, p, maps);
 }
 
-template <class T>
-cudaError_t launch_type(const AttentionParams& p, cudaStream_t stream) {
-  if (p.D == 64) return launch_attention<Config<T, 64>>(p, stream);
-  return launch_attention<Config<T, 128>>(p, stream);
+template <class Key, class T>
+cudaError_t launch_types(const AttentionParams& p, cudaStream_t stream) {
+  if (p.D == 64) return launch_attention<Config<Key, T, 64>>(p, stream);
+  return launch_attention<Config<Key, T, 128>>(p, stream);
+}
+
+template <class Key>
+cudaError_t launch_keys(const AttentionParams& p, cudaStream_t stream) {
+  if (p.v_dtype == Dtype::kFloat16) return launch_types<Key, float16>(p, stream);
+  return launch_types<Key, e4m3>(p, stream);
 }
 
 }  // namespace attend_sm90
@@ -481,7 +363,11 @@ bool attention_sm90_serves(const AttentionParams& p) {
       (p.stride_qo | p.stride_qb | p.stride_ql | p.stride_qh) % 8 == 0;
   const bool means =
       p.smooth != Smooth::kBlock || (sixteen && p.q_dtype == p.mean_dtype && aligned);
-  return (p.D == 64 || p.D == 128) && p.D == p.E && !p.mask && means &&
+  const bool whole = p.splits == 1 && reinterpret_cast<uintptr_t>(p.added) % 16 == 0;
+  const bool part = p.splits > 1 && !p.list_bounds && !p.added && p.out_dtype == Dtype::kFloat32;
+  return (p.D == 64 || p.D == 128) && p.D == p.E && !p.mask && means && (whole || part) &&
+         !(p.list_bounds && p.causal) &&
+         (p.qk_dtype == Dtype::kInt8 || p.qk_dtype == Dtype::kE4m3) &&
          (p.v_dtype == Dtype::kFloat16 || p.v_dtype == Dtype::kE4m3) &&
          strides_fit(p.stride_kb, p.stride_ks, p.stride_kn, p.stride_kh) &&
          strides_fit(p.stride_vb, p.stride_vs, p.stride_vn, p.stride_vh);
@@ -490,8 +376,8 @@ bool attention_sm90_serves(const AttentionParams& p) {
 cudaError_t attention_sm90(const AttentionParams& p, cudaStream_t stream) {
   if (p.B == 0 || p.L == 0 || p.H == 0) return cudaSuccess;
   if (!attention_sm90_serves(p)) return cudaErrorInvalidValue;
-  if (p.v_dtype == Dtype::kFloat16) return attend_sm90::launch_type<float16>(p, stream);
-  return attend_sm90::launch_type<e4m3>(p, stream);
+  if (p.qk_dtype == Dtype::kInt8) return attend_sm90::launch_keys<int8_t>(p, stream);
+  return attend_sm90::launch_keys<e4m3>(p, stream);
 }
 
 }  // namespace reeltime

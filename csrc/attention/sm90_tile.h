@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a block of threads owns on Hopper: which queries, which keys in which order, what of them
-// is masked, and where the result goes.
+// What a block of threads owns on Hopper: which queries, what of the keys they see, what scores are
+// made of, and where the result goes.
 #pragma once
 #include "attention/attention.h"
 #include "attention/sm90_values.h"
@@ -28,6 +28,7 @@ struct Ring {
 struct Tile {
   int first, h, h_kv, b;  // first query
   int blocks, free;       // free: how many of them all queries see in full
+  int out_b;              // which of the batches of out, those of all splits
 
   DEVICE explicit Tile(const AttentionParams& p) {
     const int tiles = ceil_div(p.L, kQueries);
@@ -36,6 +37,7 @@ struct Tile {
     b = head / p.H;
     h = head % p.H;
     h_kv = h / (p.H / p.H_kv);
+    out_b = static_cast<int>(blockIdx.y) * p.B + b;
     blocks = ceil_div(p.N, kKeys);
     free = p.N / kKeys;
     if (p.causal) {
@@ -47,55 +49,59 @@ struct Tile {
   }
 };
 
-// Entry t of the table, the slot it names, and block j of its keys.
-struct Walk {
-  int t = 0, j = 0, slot = 0;
+// --- Scores --------------------------------------------------------------------------------------
 
-  DEVICE Walk(const AttentionParams& p, const Tile& tile) {
-    if (tile.blocks == 0) t = p.T;
-    find(p);
-  }
-  DEVICE bool more(const AttentionParams& p) const { return t < p.T; }
-  DEVICE void advance(const AttentionParams& p, const Tile& tile) {
-    if (++j < tile.blocks) return;
-    j = 0;
-    t++;
-    find(p);
-  }
-  // Which row of the scales, of all heads.
-  DEVICE int scale_row(const AttentionParams& p, const Tile& tile) const {
-    return (tile.b * p.slots + slot) * ceil_div(p.N, kKeys) + j;
-  }
+// Codes of q and k, and what their products are, x: numbers of 16 queries of a warp and 64 keys.
+template <class T>
+struct Keys;
 
- private:
-  DEVICE void find(const AttentionParams& p) {
-    for (; t < p.T; t++) {
-      const int64_t entry = p.table ? p.table[t] : 0;
-      slot = static_cast<int>(entry);
-      if (entry >= 0) return;  // the others are absent
+template <>
+struct Keys<int8_t> {
+  using Sum = int32_t;
+  static constexpr bool kPreset = true;
+
+  // Where products will be added, for all of them to be floats.
+  DEVICE static void preset(Sum (&x)[32]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) x[i] = kIntBias;
+    tie_registers(x);  // here, not between the products
+  }
+  // As softmax.h wants them, and the largest of each row: floats above 0 are in the order of their
+  // bits.
+  DEVICE static void take(int32_t (&y)[8][4], float (&tops)[2], const Sum (&x)[32], float scale,
+                          float (&bias)[2]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) y[i / 4][i % 4] = x[i];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const auto at = [&](int i) { return y[i / 2][2 * r + i % 2]; };
+      Sum top[5];
+#pragma unroll
+      for (int i = 0; i < 5; i++) top[i] = max3(at(3 * i), at(3 * i + 1), at(3 * i + 2));
+      top[0] = max(max3(top[0], top[1], top[2]), max3(top[3], top[4], at(15)));
+      top[0] = warp_reduce<4>(top[0], Max());
+      tops[r] = scale < kCoarse ? SoftmaxRows::as_float(top[0]) : biased_to_float(top[0]);
     }
+    take_scores(y, scale, bias);
   }
 };
 
-DEVICE int count_steps(const AttentionParams& p, const Tile& tile) {
-  int present = 0;
-  for (int t = 0; t < p.T; t++) present += !p.table || p.table[t] >= 0;
-  return present * tile.blocks;
-}
-
-// --- Scores --------------------------------------------------------------------------------------
-
-DEVICE void tie(int32_t (&x)[8][4]) { tie_registers(reinterpret_cast<int32_t (&)[32]>(x)); }
-
-// Where products with these keys will be added.
-DEVICE void preset(int32_t (&x)[8][4]) {
+template <>
+struct Keys<e4m3> {
+  using Sum = float;
+  static constexpr bool kPreset = false;
+  DEVICE static void preset(Sum (&)[32]) {}
+  DEVICE static void take(int32_t (&y)[8][4], float (&tops)[2], const Sum (&x)[32], float,
+                          float (&)[2]) {
 #pragma unroll
-  for (int i = 0; i < 32; i++) x[i / 4][i % 4] = kIntBias;
-  tie(x);  // here, not between the products
-}
+    for (int i = 0; i < 32; i++) y[i / 4][i % 4] = static_cast<int32_t>(bits_of(x[i]));
+#pragma unroll
+    for (int r = 0; r < 2; r++) tops[r] = SoftmaxRows::top_of(y, r);
+  }
+};
 
 // Where a row may not see all of a block: scores in log2 units, -inf for what is not seen.
-DEVICE void mask_scores(int32_t (&x)[8][4], float& scale, float (&bias)[2],
+DEVICE void mask_scores(int32_t (&x)[8][4], float (&tops)[2], float& scale, float (&bias)[2],
                         const AttentionParams& p, int row, int first_key) {
   const int lane = static_cast<int>(lane_index());
   int seen[2];  // keys of this lane's rows
@@ -114,7 +120,11 @@ DEVICE void mask_scores(int32_t (&x)[8][4], float& scale, float (&bias)[2],
       x[n][e] = static_cast<int32_t>(bits_of(masked));
     }
   scale = 1.0f;
-  bias[0] = bias[1] = 0.0f;
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    bias[r] = 0.0f;
+    tops[r] = SoftmaxRows::top_of(x, r);
+  }
 }
 
 // out = out * past + v_scale * sums
@@ -146,16 +156,17 @@ DEVICE void store(const AttentionParams& p, const Tile& tile, const float (&out)
   for (int r = 0; r < 2; r++) {
     const int mine = row + lane / 4 + 8 * r;
     if (mine >= p.L) continue;
-    Out* to = static_cast<Out*>(p.out) + ((int64_t{tile.b} * p.L + mine) * p.H + tile.h) * p.D;
+    const int64_t at = ((int64_t{tile.out_b} * p.L + mine) * p.H + tile.h) * p.D;
 #pragma unroll
     for (int c = 0; c < kSums / 8; c++) {
-      float y[4];
+      float y[4] = {};
+      if (p.added) V::load(y, static_cast<const Out*>(p.added) + at, c, lane % 4);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const float sum = out[8 * c + 2 * r + i / 2 * 4 + i % 2];
-        y[i] = factor[r] == 0.0f ? 0.0f : sum * factor[r];  // whatever unseen values hold
+        y[i] += factor[r] == 0.0f ? 0.0f : sum * factor[r];  // whatever unseen values hold
       }
-      V::store(to, c, lane % 4, y);
+      V::store(static_cast<Out*>(p.out) + at, c, lane % 4, y);
     }
   }
 }
@@ -195,7 +206,7 @@ DEVICE void finish(const AttentionParams& p, const Tile& tile, SoftmaxRows& rows
         p.smooth == Smooth::kSequence ? multiply_mean(p, tile, min(mine, p.L - 1)) : 0.0f;
     const float lse = kLn2 * score + p.sm_scale * shift;
     if (mine < p.L && lane % 4 == 0)
-      p.lse[(int64_t{tile.b} * p.H + tile.h) * p.L + mine] =
+      p.lse[(int64_t{tile.out_b} * p.H + tile.h) * p.L + mine] =
           rows.total[r] == 0.0f ? kMinusInfinity : lse;
   }
 }

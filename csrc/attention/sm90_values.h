@@ -81,6 +81,13 @@ struct Values<float16, kE> {
     *reinterpret_cast<Pair*>(to) = {from_float<Out>(y[0]), from_float<Out>(y[1])};
     *reinterpret_cast<Pair*>(to + 8) = {from_float<Out>(y[2]), from_float<Out>(y[3])};
   }
+  template <class Out>
+  DEVICE static void load(float (&y)[4], const Out* row, int c, int t) {
+    const auto& low = *reinterpret_cast<const Some<Out, 2>*>(row + 16 * c + 2 * t);
+    const auto& high = *reinterpret_cast<const Some<Out, 2>*>(row + 16 * c + 2 * t + 8);
+    y[0] = to_float(low.at[0]), y[1] = to_float(low.at[1]);
+    y[2] = to_float(high.at[0]), y[3] = to_float(high.at[1]);
+  }
 };
 
 template <int kE>
@@ -134,6 +141,12 @@ struct Values<e4m3, kE> {
   DEVICE static void store(Out* row, int c, int t, const float (&y)[4]) {
     *reinterpret_cast<Some<Out, 4>*>(row + 16 * c + 4 * t) = {
         from_float<Out>(y[0]), from_float<Out>(y[2]), from_float<Out>(y[1]), from_float<Out>(y[3])};
+  }
+  template <class Out>
+  DEVICE static void load(float (&y)[4], const Out* row, int c, int t) {
+    const auto& four = *reinterpret_cast<const Some<Out, 4>*>(row + 16 * c + 4 * t);
+    y[0] = to_float(four.at[0]), y[1] = to_float(four.at[2]);
+    y[2] = to_float(four.at[1]), y[3] = to_float(four.at[3]);
   }
 
   // --- The producer's --------------------------------------------------------------------------

@@ -16,11 +16,12 @@ namespace reeltime {
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kMinusInfinity = -__builtin_inff();
 
+constexpr float kCoarse = 0.0009765625f;  // 2^-10: probabilities are off by 2^-11 of themselves
+
 // Scores as scale * x + bias[row].  The bias takes in -12582912 scale and is rounded: by 0.75 scale
 // at most, the same for a row's 64 keys, below what one step of q and k is worth.  Where steps are
 // coarse, in blocks of zeros, whose scale is 1, or of outliers, x is made exact instead.
 DEVICE void take_scores(int32_t (&x)[8][4], float scale, float (&bias)[2]) {
-  constexpr float kCoarse = 0.0009765625f;  // 2^-10: probabilities are off by 2^-11 of themselves
   if (scale < kCoarse) {
 #pragma unroll
     for (int r = 0; r < 2; r++) bias[r] = fmaf(-kIntBiasFloat, scale, bias[r]);
@@ -35,6 +36,7 @@ DEVICE void take_scores(int32_t (&x)[8][4], float scale, float (&bias)[2]) {
 // Of two rows, g and g + 8.
 struct SoftmaxRows {
   float largest[2], total[2];  // the running maximum; of this lane's keys, the sum
+  float behind[2];             // how far below it the keys that came last are
 
   DEVICE void reset() {
 #pragma unroll
@@ -44,20 +46,28 @@ struct SoftmaxRows {
     }
   }
 
+  // The largest x of a row.
+  DEVICE static float top_of(const int32_t (&x)[8][4], int r) {
+    float top = kMinusInfinity;
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+      top = max(top, max(as_float(x[n][2 * r]), as_float(x[n][2 * r + 1])));
+    return warp_reduce<4>(top, [](float a, float b) { return max(a, b); });
+  }
+
   // Takes in the scores' maximum.  bias then leads to exponents; what was summed before counts
   // `past` times.  Returns whether that is 1 for all rows of the warp, as it mostly is.
   DEVICE bool raise(const int32_t (&x)[8][4], float scale, float (&bias)[2], float (&past)[2]) {
+    return raise({top_of(x, 0), top_of(x, 1)}, scale, bias, past);
+  }
+  DEVICE bool raise(const float (&tops)[2], float scale, float (&bias)[2], float (&past)[2]) {
     bool same = true;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      float top = kMinusInfinity;
-#pragma unroll
-      for (int n = 0; n < 8; n++)
-        top = max(top, max(as_float(x[n][2 * r]), as_float(x[n][2 * r + 1])));
-      top = warp_reduce<4>(top, Max());
-      const float before = largest[r];
-      largest[r] = max(before, fmaf(scale, top, bias[r]));  // NaN is not a maximum
+      const float before = largest[r], top = fmaf(scale, tops[r], bias[r]);
+      largest[r] = max(before, top);  // NaN is not a maximum
       const float finite = largest[r] == kMinusInfinity ? 0.0f : largest[r];
+      behind[r] = finite - top;
       past[r] = exp2_approx(before - finite);
       bias[r] -= finite;
       same &= before == largest[r];

@@ -39,6 +39,32 @@ DEVICE unsigned ballot(bool predicate, unsigned mask = kFullWarp) {
 #endif
 }
 
+// Of a ballot's lanes, at least one, the first.
+DEVICE int first_lane(unsigned lanes) {
+#if REELTIME_EMULATED
+  return __builtin_ctz(lanes);
+#else
+  return __ffs(static_cast<int>(lanes)) - 1;
+#endif
+}
+
+DEVICE int count_bits(unsigned bits) {
+#if REELTIME_EMULATED
+  return __builtin_popcount(bits);
+#else
+  return __popc(bits);
+#endif
+}
+
+// The largest of three: one instruction from sm_90 on.
+DEVICE int32_t max3(int32_t a, int32_t b, int32_t c) {
+#if REELTIME_EMULATED
+  return max(a, max(b, c));
+#else
+  return __vimax3_s32(a, b, c);
+#endif
+}
+
 struct Sum {
   template <class T>
   DEVICE T operator()(T a, T b) const {

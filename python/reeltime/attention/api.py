@@ -138,6 +138,7 @@ def attention(
         qk: None, "int8" or "fp8": of q and k, a scale per 64 tokens and head.
         pv: None, "fp8" or "fp16": of probabilities, and of v with a scale per 64 keys and channel.
         smooth: which mean key is subtracted with qk: "block", "sequence" (SageAttention) or None.
+            The gradient passes straight through qk and pv.
         out: optional [B, S_q, H, D], written in place.
         backend: "auto", "reference", "triton" or "cuda".
     Returns:
@@ -153,16 +154,20 @@ def attention(
     checks.qkv(q, k, v)
     if causal not in CAUSAL:
         checks.choice("causal", causal, tuple(CAUSAL))
-    if qk not in QK or pv not in PV or smooth not in SMOOTH:
-        checks.choice("qk", qk, QK)
-        checks.choice("pv", pv, PV)
-        checks.choice("smooth", smooth, SMOOTH)
+    check_formats(qk, pv, smooth)
     if mask is not None:
         _check_mask(mask, (q.shape[0], q.shape[2], q.shape[1], k.shape[1]), q)
     scale = checks.softmax_scale(sm_scale, q.shape[3])
     options = (scale, CAUSAL[causal], qk, pv, smooth, return_lse)
     y, lse = ATTENTION.run(backend, q.device, q, k, v, mask, *options)
     return _result(y, lse, return_lse, out)
+
+
+def check_formats(qk: str | None, pv: str | None, smooth: str | None) -> None:
+    if qk not in QK or pv not in PV or smooth not in SMOOTH:
+        checks.choice("qk", qk, QK)
+        checks.choice("pv", pv, PV)
+        checks.choice("smooth", smooth, SMOOTH)
 
 
 def _check_mask(mask: Tensor, want: tuple[int, ...], q: Tensor) -> None:

@@ -13,12 +13,18 @@ from reeltime.rope_kv import reference as rope_kv
 STORED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp16": torch.float16}
 
 
+def straight(x: Tensor, y: Tensor) -> Tensor:
+    """y, with the gradient of x: rounding has none of its own."""
+    return y.detach() + (x - x.detach()) if x.requires_grad else y
+
+
 def rounded(x: Tensor, kind: str | None) -> Tensor:
     """wide x [..., S, H, D] through 8 bits and back, a scale per 64 tokens and head."""
     if kind is None:
         return x
     stored, scale = rope_kv.encode(x, STORED[kind])
-    return stored.to(x.dtype) * rope_kv.per_token(scale, x.shape[-3], -2).unsqueeze(-1)
+    y = stored.to(x.dtype) * rope_kv.per_token(scale, x.shape[-3], -2).unsqueeze(-1)
+    return straight(x, y)
 
 
 def rounded_values(v: Tensor, kind: str | None) -> Tensor:
@@ -26,16 +32,20 @@ def rounded_values(v: Tensor, kind: str | None) -> Tensor:
     if kind is None:
         return v
     stored, scale = rope_kv.encode_values(v, STORED[kind])
-    return stored.to(v.dtype) * rope_kv.per_token(scale, v.shape[-3], -3)
+    return straight(v, stored.to(v.dtype) * rope_kv.per_token(scale, v.shape[-3], -3))
+
+
+def stored_probabilities(score: Tensor, pv: str) -> Tensor:
+    """exp(score - max) over the last dimension in the format, whose whole range they take."""
+    p = (score - score.detach().amax(-1, keepdim=True)).exp() * LIMIT[STORED[pv]]
+    return straight(p, p.float().to(STORED[pv]).to(score.dtype))
 
 
 def weighted(score: Tensor, v: Tensor, pv: str | None) -> Tensor:
     """softmax(score) v; with `pv`, probabilities are stored in that format and so is their sum."""
     if pv is None:
         return score.softmax(-1) @ v
-    top = LIMIT[STORED[pv]]
-    p = (score - score.amax(-1, keepdim=True)).exp()
-    p = (p * top).float().to(STORED[pv]).to(score.dtype)
+    p = stored_probabilities(score, pv)
     return (p @ v) / p.sum(-1, keepdim=True)
 
 
