@@ -24,6 +24,11 @@ class SparseLinear:
         if not 0 < self.topk <= 1:
             raise ValueError(f"topk: expected a share in (0, 1], got {self.topk}")
 
+    @property
+    def summaries(self) -> str:
+        """What of them a cache keeps: over all blocks their sum in each latent frame will do."""
+        return "slot" if self.over == "all" else "block"
+
 
 @dataclass(frozen=True)
 class ModelConfig:

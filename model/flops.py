@@ -15,7 +15,7 @@ import torch
 
 from reeltime import attention, gemm_w8a8, norm, quant, rope_kv, sla
 
-from .config import ModelConfig
+from .config import ModelConfig, SparseLinear
 from .kv_cache import StreamMemory
 from .layout import StreamLayout
 
@@ -123,10 +123,13 @@ class Workload:
     @property
     def visible_tokens(self) -> int:
         """Tokens that a query sees: the keys of a pass."""
+        return self.visible_frames * self.grid[0] * self.grid[1]
+
+    @property
+    def visible_frames(self) -> int:
+        """Latent frames that a query sees."""
         frames = self.layout.window
-        if self.position is not None:
-            frames = min(self.position + self.layout.chunk, frames)
-        return frames * self.grid[0] * self.grid[1]
+        return frames if self.position is None else min(self.position + self.layout.chunk, frames)
 
     @property
     def window_bytes(self) -> int:
@@ -160,6 +163,7 @@ class Workload:
         read = (batch * self.contexts, tokens // self.contexts, self._context_tokens)
         cross = (*read, heads, c.head_dim)
         per_patch = c.patch[0] * c.patch[1]
+        summaries = None if self.share is None else (c.sla or SparseLinear(self.share)).summaries
         if self.share is None:
             self_attention = Work(
                 "self_attention",
@@ -181,7 +185,8 @@ class Workload:
                     share=self.share,
                     itemsize=item,
                     kv_itemsize=kv_item,
-                    cached_summaries=True,
+                    summaries=summaries,
+                    slots=self.visible_frames,
                 ),
             )
         works = [
@@ -198,7 +203,15 @@ class Workload:
                 "rope_kv",
                 layers,
                 layers * rope_kv.flops(*row),
-                layers * rope_kv.bytes(*row, op="write", itemsize=item, format=self.cache),
+                layers
+                * rope_kv.bytes(
+                    *row,
+                    op="write",
+                    itemsize=item,
+                    format=self.cache,
+                    summaries=summaries,
+                    slots=chunk,
+                ),
             ),
             Work(
                 "query",

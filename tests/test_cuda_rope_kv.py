@@ -229,14 +229,15 @@ def written(k, v, slots, N, H, options, *, backend="cuda", phi="softmax", how=No
     return cache
 
 
-PLAIN = ("plain", torch.float32, False)
+PLAIN = ("plain", torch.float32, None)
 CACHES = {
-    "plain fp32": ("plain", torch.float32, True),
-    "plain bf16": ("plain", torch.bfloat16, True),
+    "plain fp32": ("plain", torch.float32, "block"),
+    "plain bf16": ("plain", torch.bfloat16, "block"),
     "plain, no summaries": PLAIN,
-    "int8, v fp8": ("int8", None, True),
-    "int8, v fp16": ("int8", torch.float16, True),
-    "int8, no summaries": ("int8", None, False),
+    "int8, v fp8": ("int8", None, "block"),
+    "int8, v fp16": ("int8", torch.float16, "block"),
+    "int8, no summaries": ("int8", None, None),
+    "int8, summaries of slots": ("int8", None, "slot"),
 }
 
 
@@ -267,6 +268,8 @@ def check_write(k, v, N, H, options, phi="softmax", slots=(3, 1), how=None, **gi
         close(own["k_mean"], reference.block_mean(keys), spelled(cache.k_mean.dtype))
     if cache.h is not None:
         h, z = reference.summaries(keys, values, phi)
+        if cache.h.shape[2] == 1:
+            h, z = h.sum(2, keepdim=True), z.sum(2, keepdim=True)
         close(own["h"], h, "float32 sums")
         close(own["z"], z, "float32 sums")
     others = torch.tensor([slot for slot in range(5) if slot not in slots])
@@ -320,6 +323,29 @@ def test_summaries_of_every_feature_map(phi, dtype):
     if phi == "elu":  # D=256 has four slices of h
         k, v, _ = sample(1, 1, 17, 1, 250, dtype, dtype)
         check_write(k, v, 17, 1, CACHES["plain fp32"], phi=phi, slots=(0,))
+
+
+@pytest.mark.parametrize("N, H, D", [(580, 1, 8), (130, 1, 6), (65, 1, 136)])
+def test_summaries_of_slots(N, H, D):
+    """Of ten blocks; of a width that 16 bytes do not divide; of a head in slices."""
+    k, v, given = sample(2, 2, N, H, D)
+    check_write(k, v, N, H, ("plain", torch.float32, "slot"), slots=(4, 0), **given)
+
+
+def test_summaries_of_a_slot_replace_what_it_held():
+    k, v = draw(1, 140, 16, seed=1), draw(1, 140, 16, seed=2)
+    slots, options = torch.tensor([3, 1]), {"num_heads": 2, "backend": "cuda"}
+    with emulated("rope_kv", gpu=True) as runner:
+        k, v, slots = (x.to(runner.device) for x in (k, v, slots))
+        fresh, used = (
+            rope_kv.make_cache(1, 5, 70, 2, 8, summaries="slot", device=runner.device)
+            for _ in range(2)
+        )
+        rope_kv.write(1e6 * v, k, used, slots.flip(0), **options)
+        for cache in (fresh, used):
+            rope_kv.write(k, v, cache, slots, **options)
+    assert torch.equal(used.h, fresh.h)
+    assert torch.equal(used.z, fresh.z)
 
 
 def test_block_of_several_written_heads(monkeypatch):
@@ -445,7 +471,7 @@ def alone(entry, types="bfloat16"):
         for name in ("query", "write"):
             tall = f"p.D <= 64 ? launch_{name}<8, T>(p, stream) : launch_{name}<16, T>(p, stream)"
             edits.append((tall, f"launch_{name}<8, T>(p, stream)"))
-    others = [call for name, call in ENTRIES.items() if name != entry]
+    others = [call for name, call in ENTRIES.items() if name != entry.split(",")[0]]
     return [*edits, *((call, "cudaErrorInvalidValue") for call in others)]
 
 
@@ -489,7 +515,20 @@ def check_written(how):
     written(k, v, slots, 70, 3, CACHES["int8, v fp8"], how=how, **given)
 
 
-CHECKS = {"rotate_rows": check_rows, "query_int8": check_encoded, "write_cache": check_written}
+def check_slots(how):
+    """Batches of frames of three blocks, and a slot that the cache lacks."""
+    k, v, given = sample(2, 2, 130, 1, 40)
+    kind = CACHES["int8, summaries of slots"]
+    check_write(k, v, 130, 1, kind, slots=(4, 0), how=how, **given)
+    written(k, v, torch.tensor([3, 5]), 130, 1, kind, how=how, **given)
+
+
+CHECKS = {
+    "rotate_rows": check_rows,
+    "query_int8": check_encoded,
+    "write_cache": check_written,
+    "write_cache, slots": check_slots,
+}
 
 
 @pytest.mark.parametrize("schedule", emulate.SCHEDULES)
@@ -525,16 +564,20 @@ for D, stride in ((16, 32), (10, 21)):  # in 16-byte pieces, and in general
         cache_v=v, k_mean=mean, h=h, z=z, B=1, F=1, N=70, H=2, D=D, S=1, stride_kb=0,
         stride_kl=stride, stride_vb=0, stride_vl=stride, stride_tl=D, stride_s=1, eps=1e-6, phi=0,
         k_dtype=0, v_dtype=0, weight_dtype=0, cache_v_dtype=0, mean_dtype=0, processors=1)
-    run(**shared, table=None, cache_k=k, k_scale=None, v_scale=None, cache_k_dtype=0)
+    plain = dict(table=None, cache_k=k, k_scale=None, v_scale=None, cache_k_dtype=0)
+    run(**shared, **plain, slot_h=None, slot_z=None)
     y = x[:, : 2 * D]
     y = (y / np.sqrt((y * y).mean(1, keepdims=True) + 1e-6)).reshape(70, 2, D)
     phi = np.exp(y) / np.exp(y).sum(-1, keepdims=True)
     assert np.abs(k - y).max() < 1e-5
     assert np.abs(h[0] - np.einsum("nhd,nhe->hde", phi[:64], v[:64])).max() < 1e-4
     assert np.abs(z[1] - phi[64:].sum(0)).max() < 1e-5
+    sums = cache(2, D, D), cache(2, D)
+    run(**shared, **plain, slot_h=sums[0], slot_z=sums[1])
+    assert np.array_equal(sums[0], h[0] + h[1]) and np.array_equal(sums[1], z[0] + z[1])
     code, eight = np.zeros((70, 2, D), np.int8), np.zeros((70, 2, D), np.float16)
     run(**(shared | dict(cache_v=eight, cache_v_dtype=2)), table=table, cache_k=code,
-        k_scale=k_scale, v_scale=v_scale, cache_k_dtype=3)
+        k_scale=k_scale, v_scale=v_scale, cache_k_dtype=3, slot_h=None, slot_z=None)
     assert np.abs(code[:64]).max() == 127
 """,
     )
@@ -543,7 +586,7 @@ for D, stride in ((16, 32), (10, 21)):  # in 16-byte pieces, and in general
     assert problem == ""
 
 
-ROWS, BLOCK, MAIN = "rows.h", "block.h", "sm80.cu"
+ROWS, BLOCK, SLOTS, MAIN = "rows.h", "block.h", "slots.h", "sm80.cu"
 MISTAKES = {  # entry point, file, text, what it becomes
     # rotate_rows_kernel
     "rows past the end are read": ("rotate_rows", ROWS, "min(own, rows - 1)", "own"),
@@ -620,6 +663,27 @@ MISTAKES = {  # entry point, file, text, what it becomes
     "products of other terms left out": (
         "write_cache", BLOCK, "other = kTerms - 1 - term", "other = 0",
     ),
+    # add_blocks_kernel
+    "blocks left where the slot is": (
+        "write_cache, slots", MAIN, "p.slot_h ? int64_t{unit}", "!p.slot_h ? int64_t{unit}",
+    ),
+    "all but the first block": (
+        "write_cache, slots", SLOTS,
+        "n = 0; n < nb; n++) {\n      const Vector", "n = 1; n < nb; n++) {\n      const Vector",
+    ),
+    "added to what the slot held": (
+        "write_cache, slots", SLOTS, "total{};", "total = load_streaming(sum + first);",
+    ),
+    "z past its end": (
+        "write_cache, slots", SLOTS, "else if (own - h_end < z_width)", "else",
+    ),
+    "frames of all batches in one": (
+        "write_cache, slots", SLOTS, "frame / p.F * p.S + slot", "slot",
+    ),
+    "slots past the last": ("write_cache, slots", SLOTS, "p.slots[frame % p.F", "p.slots[frame"),
+    "the sum of a slot that the cache lacks": (
+        "write_cache, slots", SLOTS, "if (slot < 0 || slot >= p.S) return;", "",
+    ),
 }  # fmt: skip
 
 
@@ -695,12 +759,12 @@ def cubins(tmp_path_factory):
 def test_device_build(cubins, target):
     """No spills; 16-byte accesses, and where h is made products of bfloat16 from ldmatrix."""
     spills = cubins[target].spills
-    assert spills == [("0", "0")] * (2 + 4 + 6 + 6)
+    assert spills == [("0", "0")] * (2 + 4 + 6 + 6 + 2)
     kernels = cubins[target].kernels()
     for kernel in kernels:
         name = kernel.split(":")[0]
         assert ("HMMA.16816.F32.BF16" in kernel) == ("write_cache" in name)
         assert ("LDSM.16.MT88.4" in kernel) == ("write_cache" in name)
-        if "Any" not in name and "inverse" not in name:
+        if "Any" not in name and "inverse" not in name and "add_blocks_kernelILb0" not in name:
             assert "LDG.E.NA.128" in kernel, name
             assert "STG.E.128" in kernel, name

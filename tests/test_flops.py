@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reeltime import attention, norm, rope_kv
-from reeltime.model.config import PRESETS, ModelConfig
+from reeltime.model.config import PRESETS, ModelConfig, SparseLinear
 from reeltime.model.flops import Workload, bytes, flops
 from reeltime.model.kv_cache import StreamMemory
 from reeltime.model.layout import LAYOUTS, layout, self_forcing, vidu_s1
@@ -171,6 +172,22 @@ def test_twin_cache_is_one_ring_more():
     ring = 2 * 30 * (21 - 4) * 2040 * 1536 * 2  # keys and values of history and chunk, bf16
     twin = Workload(WAN, vidu_s1(3, 21), P544).cache_bytes
     assert twin == ring * 2 + 2 * 30 * (4 + 3) * 2040 * 1536 * 2
+
+
+def test_summaries_of_slots_are_a_fraction_of_those_of_blocks():
+    """A latent frame of 2040 tokens has 32 blocks; pooled keys are of blocks in both."""
+    kept = self_forcing(3, 21)
+    load = {
+        over: Workload(replace(WAN, sla=SparseLinear(0.1, over)), kept, P544, share=0.1)
+        for over in ("all", "unselected")
+    }
+    dense = Workload(WAN, kept, P544).cache_bytes
+    slots = dense // (30 * 2 * 2040 * 1536 * 2)
+    pooled, pair = 30 * slots * 32 * 1536 * 4, 30 * slots * 1536 * 4 * (128 + 1)
+    assert load["all"].cache_bytes == dense + pooled + pair
+    assert load["unselected"].cache_bytes == dense + pooled + 32 * pair
+    less = bytes(load["unselected"].denoising_pass()) - bytes(load["all"].denoising_pass())
+    assert less == 31 * pair // slots * (21 + 3)  # the window is read, a chunk is written
 
 
 @pytest.mark.parametrize("quantize", ["int8", "fp8"])

@@ -151,7 +151,8 @@ def test_int8_query_has_a_scale_per_64_tokens_and_head():
 
 def filled(N, format="plain", frames=3, slots=5, B=2, H=2, D=8, **options):
     """A cache with frames written to slots 4, 3, ..., and the keys and values it should hold."""
-    cache = rope_kv.make_cache(B, slots, N, H, D, format=format, summaries=True, **options)
+    options = {"summaries": "block"} | options
+    cache = rope_kv.make_cache(B, slots, N, H, D, format=format, **options)
     k, v, weight = draw(B, frames * N, H * D), draw(B, frames * N, H * D), draw(H * D)
     table = torch.stack([draw(frames * N, D // 2)] * 2, -1)
     table = torch.stack([table[..., 0].cos(), table[..., 0].sin()], -1)
@@ -205,6 +206,24 @@ def test_int8_write_stores_keys_around_their_block_mean(N, dtype):
         back = cache.v.double()[:, where][:, :, rows] * v_scale[:, :, None]
         bound = 16 * v_scale if limit == 448 else v_scale * 2.0**-11
         assert ((back - values[:, :, rows]).abs() <= bound[:, :, None] * 1.001).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D64], ids=["float32", "float64"])
+@pytest.mark.parametrize("N", [1, 64, 200])
+def test_summaries_of_a_slot_are_the_sums_of_its_blocks(N, dtype):
+    """Whose order is free: three additions, each of them rounded."""
+    caches = []
+    for kind in ("block", "slot"):
+        torch.manual_seed(N)
+        caches.append(filled(N, dtype=dtype, summaries=kind)[0])
+    blocks, whole = caches
+    assert whole.h.shape == (2, 5, 1, 2, 8, 8)
+    assert whole.z.shape == (2, 5, 1, 2, 8)
+    for got, parts in ((whole.h, blocks.h), (whole.z, blocks.z)):
+        error = (got - parts.sum(2, keepdim=True)).abs()
+        assert (error <= 3 * torch.finfo(dtype).eps * parts.abs().sum(2, keepdim=True)).all()
+    for part in ("k", "v", "k_mean"):
+        assert torch.equal(getattr(whole, part), getattr(blocks, part)), part
 
 
 def test_append_leaves_other_slots_untouched():
@@ -265,9 +284,11 @@ def test_bytes_of_a_cache():
     low = rope_kv.make_cache(1, 2, 128, 3, 16, format="int8")
     written = rope_kv.bytes(1, 128, 3, 16, op="write", format="int8")
     assert low.nbytes() == 2 * (written - 2 * 128 * 48 * 2 - 128 * 16 * 4)
-    full = rope_kv.make_cache(1, 2, 128, 3, 16, format="int8", summaries=True)
-    written = rope_kv.bytes(1, 128, 3, 16, op="write", format="int8", summaries=True)
-    assert full.nbytes() == 2 * (written - 2 * 128 * 48 * 2 - 128 * 16 * 4)
+    for summaries in ("block", "slot"):
+        full = rope_kv.make_cache(1, 2, 100, 3, 16, format="int8", summaries=summaries)
+        kinds = {"format": "int8", "summaries": summaries, "slots": 2}
+        written = rope_kv.bytes(1, 200, 3, 16, op="write", **kinds)
+        assert full.nbytes() == written - 2 * 200 * 48 * 2 - 200 * 16 * 4
     assert rope_kv.bytes(1, 64, 3, 16, offsets=2) == 64 * 48 * 2 * 3 + 2 * 64 * 16 * 4
     assert rope_kv.bytes(1, 64, 3, 16, op="rope_on_cache") == 2 * 64 * 48 * 2 + 64 * 16 * 4
     assert rope_kv.flops(1, 64, 3, 16, offsets=2) == 64 * 48 * 10
@@ -335,6 +356,9 @@ ERRORS = {
     ),
     "tokens: expected at least 1, got 0": lambda: rope_kv.make_cache(1, 1, 0, 1, 8),
     "phi: expected 'softmax'": lambda: rope_kv.make_cache(1, 1, 1, 1, 8, phi="exp"),
+    "summaries: expected None or 'block' or 'slot', got True": lambda: rope_kv.make_cache(
+        1, 1, 1, 1, 8, summaries=True
+    ),
 }
 
 

@@ -180,12 +180,13 @@ def blocks_of(x, N):
 
 
 CACHES = {
-    "plain float32": ("plain", torch.float32, True),
-    "plain bfloat16": ("plain", torch.bfloat16, True),
-    "plain, no summaries": ("plain", torch.float32, False),
-    "int8, v fp8": ("int8", None, True),
-    "int8, v fp16": ("int8", torch.float16, True),
-    "int8, no summaries": ("int8", None, False),
+    "plain float32": ("plain", torch.float32, "block"),
+    "plain bfloat16": ("plain", torch.bfloat16, "block"),
+    "plain, no summaries": ("plain", torch.float32, None),
+    "int8, v fp8": ("int8", None, "block"),
+    "int8, v fp16": ("int8", torch.float16, "block"),
+    "int8, no summaries": ("int8", None, None),
+    "int8, summaries of slots": ("int8", None, "slot"),
 }
 WRITES = {  # tokens of a slot, heads, head_dim
     "N=1": (1, 3, 8),
@@ -215,6 +216,8 @@ def check_write(cache, keys, values, slots, phi="softmax", mine=None):
         close(own["k_mean"], reference.block_mean(keys), name)
     if cache.h is not None:
         h, z = reference.summaries(keys, values, phi)
+        if cache.h.shape[2] == 1:
+            h, z = h.sum(2, keepdim=True), z.sum(2, keepdim=True)
         close(own["h"], h, "float32", of=sla)
         close(own["z"], z, "float32")
 
@@ -239,7 +242,7 @@ def test_write(kind, shape, device):
         "triton", k, v, slots, N, H, device, format=format, dtype=dtype, summaries=summaries,
         **options,
     )  # fmt: skip
-    plain = {"format": "plain", "dtype": torch.float32, "summaries": False}
+    plain = {"format": "plain", "dtype": torch.float32, "summaries": None}
     mine = written("triton", k, v, slots, N, H, device, **plain, **options)
     heads = reference.heads_of(k.double(), options["norm_weight"].double(), H, 1e-6)
     keys = blocks_of(reference.rotate(heads, options["table"].double()), N)
@@ -256,10 +259,26 @@ def test_write(kind, shape, device):
 def test_summaries_of_every_feature_map(phi, dtype, device):
     k, v = (draw(1, 70, 48, dtype=dtype, device=device, seed=s) for s in (1, 2))
     slots = torch.tensor([0], device=device)
-    options = {"format": "plain", "dtype": torch.float32, "summaries": True, "phi": phi}
+    options = {"format": "plain", "dtype": torch.float32, "summaries": "block", "phi": phi}
     cache = written("triton", k, v, slots, 70, 3, device, **options)
     keys, values = (blocks_of(x.double().unflatten(2, (3, 16)), 70) for x in (k, v))
     check_write(cache, keys, values, slots, phi=phi)
+
+
+def test_summaries_of_a_slot_replace_what_it_held(device):
+    """Ten blocks, the last of them ragged; what was written before leaves no trace."""
+    k, v = (draw(2, 1160, 16, device=device, seed=s) for s in (1, 2))
+    slots = torch.tensor([3, 1], device=device)
+    options = {"format": "plain", "dtype": torch.float32, "summaries": "slot"}
+    cache = written("triton", k, v, slots, 580, 2, device, **options)
+    keys, values = (blocks_of(x.double().unflatten(2, (2, 8)), 580) for x in (k, v))
+    check_write(cache, keys, values, slots)
+    assert (cache.h[:, [0, 2, 4]] == 2).all()
+    rope_kv.write(1e6 * v, k, cache, slots.flip(0), num_heads=2, backend="triton")
+    rope_kv.write(k, v, cache, slots, num_heads=2, backend="triton")
+    fresh = written("triton", k, v, slots, 580, 2, device, **options)
+    assert torch.equal(cache.h, fresh.h)
+    assert torch.equal(cache.z, fresh.z)
 
 
 def outliers(device):
@@ -279,7 +298,9 @@ KEYS = {
 @pytest.mark.parametrize("name", KEYS)
 def test_adversarial_keys(name, device):
     k, slots = KEYS[name](device), torch.tensor([2], device=device)
-    cache = written("triton", k, k, slots, 70, 2, device, format="int8", dtype=None, summaries=True)
+    cache = written(
+        "triton", k, k, slots, 70, 2, device, format="int8", dtype=None, summaries="block"
+    )
     keys = blocks_of(k.double().unflatten(2, (2, 16)), 70)
     check_write(cache, keys, keys, slots, mine=keys.float())
 
@@ -291,8 +312,8 @@ def test_nan_and_inf_stay_in_their_block(format, bad, device):
     k[0, 3, 5] = bad
     v[0, 67, 20] = bad
     slots = torch.tensor([2], device=device)
-    dtype = torch.float32 if format == "plain" else None
-    options = {"format": format, "dtype": dtype, "summaries": True}
+    dtype, summaries = (torch.float32, "block") if format == "plain" else (None, "slot")
+    options = {"format": format, "dtype": dtype, "summaries": summaries}
     got, want = (
         written(backend, k, v, slots, 70, 2, device, **options)
         for backend in ("triton", "reference")
@@ -306,19 +327,23 @@ def test_nan_and_inf_stay_in_their_block(format, bad, device):
         assert torch.equal(got.v.float(), want.v.float())
 
 
-def test_slot_out_of_range_is_not_written(device):
+@pytest.mark.parametrize("N, summaries", [(3, "block"), (65, "slot")])
+def test_slot_out_of_range_is_not_written(N, summaries, device):
     """A GPU cannot look at slots without waiting: it leaves such frames out."""
-    k, slots = draw(1, 9, 16, device=device), torch.tensor([5, 1, -1], device=device)
-    options = {"format": "int8", "dtype": None, "summaries": True}
-    cache = written("triton", k, k, slots, 3, 2, device, **options)
-    alone = written("triton", k[:, 3:6], k[:, 3:6], slots[1:2], 3, 2, device, **options)
+    k, slots = draw(1, 3 * N, 16, device=device), torch.tensor([5, 1, -1], device=device)
+    options = {"format": "int8", "dtype": None, "summaries": summaries}
+    cache = written("triton", k, k, slots, N, 2, device, **options)
+    second = k[:, N : 2 * N]
+    alone = written("triton", second, second, slots[1:2], N, 2, device, **options)
     for part in PARTS:
         assert torch.equal(getattr(cache, part).float(), getattr(alone, part).float()), part
 
 
 def test_write_of_no_frames(device):
     k, slots = draw(1, 0, 16, device=device), torch.empty(0, dtype=torch.int64, device=device)
-    cache = written("triton", k, k, slots, 3, 2, device, format="plain", dtype=None, summaries=True)
+    cache = written(
+        "triton", k, k, slots, 3, 2, device, format="plain", dtype=None, summaries="block"
+    )
     assert (cache.k == 2).all()
 
 

@@ -42,7 +42,8 @@ struct QueryInt8Params {
   int processors;  // SMs of the device
 };
 
-// What k_scale, k_mean, v_scale, h and z lack (null) is not made: with k_scale the cache is INT8.
+// What k_scale, k_mean, v_scale, h, z, slot_h and slot_z lack (null) is not made.  With k_scale the
+// cache is INT8; with slot_h, h and z are workspaces, of frames [B, F, ...] and not of slots.
 struct WriteCacheParams {
   const void* k;         // [B, F * N, H * D], channels contiguous
   const void* v;         // [B, F * N, H * D], channels contiguous
@@ -57,6 +58,8 @@ struct WriteCacheParams {
   float* v_scale;        // [B, S, ceil(N / 64), H, D]
   float* h;              // [B, S, ceil(N / 64), H, D, D]: phi(K)^T V
   float* z;              // [B, S, ceil(N / 64), H, D]: sum of phi(K)
+  float* slot_h;         // [B, S, H, D, D]: h summed over the blocks of a slot
+  float* slot_z;         // [B, S, H, D]
   int B, F, N, H, D, S;  // D <= 256
   int64_t stride_kb, stride_kl, stride_vb, stride_vl;
   int64_t stride_tl, stride_s;

@@ -14,12 +14,15 @@
 // h = phi(K)^T V on tensor cores as if in float: phi is the sum of three bfloat16, v of as many as
 // it needs, and products of terms below 2^-24 are left out.  For bfloat16 values that is 3 * 64
 // multiplications per element of h, which take a tensor core less time than its 4 bytes take HBM.
+// For summaries of slots, slots.h adds those of blocks up: blocks of threads that kept a head's sum
+// as they went through a frame would be B F H, too few to fill a GPU.
 #include "common/encode.h"
 #include "common/launch.h"
 #include "common/shared.h"
 #include "rope_kv/block.h"
 #include "rope_kv/rope_kv.h"
 #include "rope_kv/rows.h"
+#include "rope_kv/slots.h"
 
 namespace reeltime {
 namespace rope_kv_sm80 {
@@ -161,10 +164,8 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 5
   const int d0 = slice / side * C::kSlice, e0 = slice % side * C::kSlice;
   if (!kOneTile) rest /= slices;
   const int first_head = rest % groups * group;
-  rest /= groups;
-  const int block = rest % blocks;
-  rest /= blocks;
-  const int64_t f = rest % p.F, b = rest / p.F;
+  const int unit = rest / groups, block = unit % blocks, frame = unit / blocks;
+  const int64_t f = frame % p.F, b = frame / p.F;
   const int64_t slot = p.slots[f * p.stride_s];
   if (slot < 0 || slot >= p.S) return;
   const int64_t start = f * p.N + block * kTokens;
@@ -269,9 +270,11 @@ __global__ void __launch_bounds__(Config<kLanes>::kThreads, kBlocks<kLanes, T, 5
     // or, of a plain cache, before the one that finished them
     store_features<kLanes>(shared.tiles, k, p.phi, (me.column - d0) / kChunk, me);
     sync_block();  // the tiles are whole
-    multiply_tiles<kLanes, kWide<T>>(
-        shared.tiles, p.h + (to * p.D + d0) * p.D + e0, e0 == 0 ? p.z + to * p.D + d0 : nullptr,
-        p.D, min(p.D - d0, C::kSlice), min(p.D - e0, C::kSlice), me.count, terms);
+    const int64_t sums_to = p.slot_h ? int64_t{unit} * p.H + head : to;
+    multiply_tiles<kLanes, kWide<T>>(shared.tiles, p.h + (sums_to * p.D + d0) * p.D + e0,
+                                     e0 == 0 ? p.z + sums_to * p.D + d0 : nullptr, p.D,
+                                     min(p.D - d0, C::kSlice), min(p.D - e0, C::kSlice), me.count,
+                                     terms);
     sync_block();  // the next head's statistics replace the tiles
   };
   for_heads<T>(first_head, min(first_head + group, p.H), process);
@@ -317,6 +320,17 @@ inline cudaError_t launch_inverse(const InverseParams& p, bool wide, cudaStream_
   const Launch how{dim3(static_cast<unsigned>(ceil_div(p.rows, 8))), 256};
   return wide ? launch(inverse_kernel<true>, how, stream, p)
               : launch(inverse_kernel<false>, how, stream, p);
+}
+
+inline cudaError_t launch_add_blocks(const WriteCacheParams& p, cudaStream_t stream) {
+  const int64_t blocks = int64_t{p.B} * p.F * slot_pieces(p);
+  if (!fits_grid(blocks)) return cudaErrorInvalidValue;
+  Alignment at{p.H * p.D % 4 == 0};
+  at.pointer(p.h).pointer(p.z).pointer(p.slot_h).pointer(p.slot_z);
+  const Launch how{dim3(static_cast<unsigned>(blocks)), kSlotThreads};
+  const int nb = ceil_div(p.N, kTokens);
+  return at.wide ? launch(add_blocks_kernel<true>, how, stream, p, nb)
+                 : launch(add_blocks_kernel<false>, how, stream, p, nb);
 }
 
 // launch_of(T()) with the type to compile for.
@@ -410,7 +424,8 @@ cudaError_t write_cache_sm80(const WriteCacheParams& p, cudaStream_t stream) {
   if (p.D > 256 || !fits_block(p.stride_kl) || !fits_block(p.stride_vl) ||
       !fits_block(p.stride_tl) || !fits_grid(int64_t{p.B} * p.F * p.N))
     return cudaErrorInvalidValue;
-  if (!p.k_scale != !p.v_scale || (p.k_scale && !p.k_mean) || !p.h != !p.z)
+  if (!p.k_scale != !p.v_scale || (p.k_scale && !p.k_mean) || !p.h != !p.z ||
+      !p.slot_h != !p.slot_z || (p.slot_h && !p.h))
     return cudaErrorInvalidValue;
   const int size = size_of(p.k_dtype), L = p.F * p.N;
   Alignment at{p.D % kChunk == 0};
@@ -424,7 +439,8 @@ cudaError_t write_cache_sm80(const WriteCacheParams& p, cudaStream_t stream) {
   }
   at.pointer(p.v).pointer(p.cache_k).pointer(p.cache_v).pointer(p.h);
   at.stride(p.stride_vb, size, p.B).stride(p.stride_vl, size, L);
-  return for_type(at.wide && p.v_dtype == p.k_dtype && p.D <= 128, p.k_dtype, [&](auto type) {
+  const bool wide = at.wide && p.v_dtype == p.k_dtype && p.D <= 128;
+  const cudaError_t error = for_type(wide, p.k_dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (!kWide<T>)
       return launch_write<32, T>(p, stream);
@@ -433,6 +449,7 @@ cudaError_t write_cache_sm80(const WriteCacheParams& p, cudaStream_t stream) {
     else
       return launch_write<16, T>(p, stream);
   });
+  return error != cudaSuccess || !p.slot_h ? error : launch_add_blocks(p, stream);
 }
 
 }  // namespace reeltime

@@ -19,12 +19,14 @@ from reeltime.rope_kv.reference import BLOCK
 
 FORMATS = ("plain", "int8")
 PHI = ("softmax", "elu", "relu")
+SUMMARIES = (None, "block", "slot")
 
 # By format of the result against float64: a rotation keeps the norm, so errors are those of one
 # rounding, of float32 cosines and, in 8 bits, of half a step of the block's largest value.
 # Sums are the summaries h and z: n = 64 terms of magnitude t add at most n t roundings, 64 * 2^-24
 # = 4e-6 of n t; terms of both signs leave an RMS of 8 t, and the largest n t is 3 of the mean, so
 # that the peak is 4e-6 * 8 * 3.  Mean errors are those of a random walk, far below 4e-6.
+# Sums of a slot add those of its blocks, and such errors with them.
 TOLERANCE = {
     "float64": Tolerance(1e-7, 1e-6),
     "float32": Tolerance(1e-6, 1e-5),
@@ -49,8 +51,8 @@ class KVCache:
     k_scale: Tensor | None = None  # [B, slots, nb, H] float32
     k_mean: Tensor | None = None  # [B, slots, nb, H, D]
     v_scale: Tensor | None = None  # [B, slots, nb, H, D] float32
-    h: Tensor | None = None  # [B, slots, nb, H, D, D]: phi(K)^T V
-    z: Tensor | None = None  # [B, slots, nb, H, D]: sum of phi(K)
+    h: Tensor | None = None  # [B, slots, nb or 1, H, D, D]: phi(K)^T V, of a block or of the slot
+    z: Tensor | None = None  # [B, slots, nb or 1, H, D]: sum of phi(K)
 
     @property
     def pooled(self) -> Tensor | None:
@@ -78,7 +80,7 @@ def make_cache(
     format: str = "plain",
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    summaries: bool = False,
+    summaries: str | None = None,
     phi: str = "softmax",
 ) -> KVCache:
     """Allocate a cache, once, filled with zeros.
@@ -89,7 +91,8 @@ def make_cache(
             a scale per block and channel.
         dtype: plain: of keys and values (float32).  int8: of values, float8_e4m3fn (the default)
             or float16.
-        summaries: also keep pooled keys, h and z of each block, which sla reads.
+        summaries: None, or what sla reads is kept too: pooled keys of each block, and h and z of
+            each "block" or, which is all that over="all" needs, their sum over each "slot".
         phi: feature map of the summaries: "softmax", "elu" or "relu".
     Returns:
         KVCache.
@@ -98,6 +101,7 @@ def make_cache(
     """
     checks.choice("format", format, FORMATS)
     checks.choice("phi", phi, PHI)
+    checks.choice("summaries", summaries, SUMMARIES)
     sizes = {"batch": batch, "slots": slots, "tokens": tokens, "heads": heads}
     for name, size in (sizes | {"head_dim": head_dim}).items():
         checks.at_least(name, size, 1)
@@ -109,6 +113,7 @@ def make_cache(
     shape = (batch, slots, tokens, heads, head_dim)
     per_head = (batch, slots, -(-tokens // BLOCK), heads)
     per_channel = (*per_head, head_dim)
+    summed = (batch, slots, 1, heads, head_dim) if summaries == "slot" else per_channel
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     zeros = functools.partial(torch.zeros, device=device)
     quantized = format == "int8"
@@ -122,8 +127,8 @@ def make_cache(
         if quantized or summaries
         else None,
         v_scale=zeros(per_channel, dtype=torch.float32) if quantized else None,
-        h=zeros((*per_channel, head_dim), dtype=wide) if summaries else None,
-        z=zeros(per_channel, dtype=wide) if summaries else None,
+        h=zeros((*summed, head_dim), dtype=wide) if summaries else None,
+        z=zeros(summed, dtype=wide) if summaries else None,
     )
 
 
@@ -142,20 +147,23 @@ def bytes(
     offsets: int = 1,
     itemsize: int = 2,
     format: str = "plain",
-    summaries: bool = False,
+    summaries: str | None = None,
+    slots: int = 1,
 ) -> int:
-    """The fewest bytes of op "query" (offsets outputs), "write" or "rope_on_cache"."""
+    """The fewest bytes of op "query" (offsets outputs), "write" (to so many slots) or
+    "rope_on_cache"."""
     element, table = B * L * H * D, L * D * 4
     if op == "query":
         return element * itemsize * (1 + offsets) + offsets * table
     if op == "rope_on_cache":
         return 2 * element * itemsize + table
-    channels = B * -(-L // BLOCK) * H * D
+    channels = B * slots * -(-L // slots // BLOCK) * H * D
     stored = 2 * element * itemsize
     if format == "int8":
         stored = 2 * element + channels * 6 + channels // D * 4
     if summaries:
-        stored += channels * 4 * (D + 1) + (0 if format == "int8" else channels * 4)
+        summed = B * slots * H * D if summaries == "slot" else channels
+        stored += summed * 4 * (D + 1) + (0 if format == "int8" else channels * 4)
     return 2 * element * itemsize + table + stored
 
 
@@ -346,7 +354,8 @@ def write(
 
     Args:
         k, v: [B, F * N, C] raw projections, C = H * D contiguous.
-        cache: from make_cache, written in place; its summaries too, if it has them.
+        cache: from make_cache, written in place; its summaries too, if it has them.  Those of a
+            slot are made anew: nothing of what it held is subtracted, so nothing drifts.
         slots: [F] int64 on the device of the cache, distinct.  A kernel leaves out the frame of
             a slot that the cache does not have.
         table: [F * N, D / 2, 2]; None stores raw keys, for rope_on_cache.

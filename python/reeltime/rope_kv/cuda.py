@@ -156,6 +156,10 @@ def write(
     B, S, N, H, D = cache_k.shape
     if k_scale is None or v_scale is None or k_mean is None:
         k_scale = v_scale = None  # plain
+    F, nb, slot_h, slot_z = slots.shape[0], -(-N // BLOCK), None, None
+    if h is not None and z is not None and h.shape[2] < nb:
+        slot_h, slot_z = h, z
+        h, z = (x.new_empty((B, F, nb, *x.shape[3:])) for x in (h, z))
     launch(
         "write_cache",
         k.device,
@@ -172,7 +176,9 @@ def write(
         v_scale=v_scale,
         h=h,
         z=z,
-        **{"B": B, "F": slots.shape[0], "N": N, "H": H, "D": D, "S": S},
+        slot_h=slot_h,
+        slot_z=slot_z,
+        **{"B": B, "F": F, "N": N, "H": H, "D": D, "S": S},
         **strides("k", k, "bl"),
         **strides("v", v, "bl"),
         **strides("t", table, "l"),

@@ -167,9 +167,8 @@ def write(
         cache.index_copy_(1, slots, value.to(cache.dtype))
 
     if h is not None and z is not None:
-        block_h, block_z = summaries(keys, values, phi)
-        put(h, block_h)
-        put(z, block_z)
+        for cache, x in zip((h, z), summaries(keys, values, phi), strict=True):
+            put(cache, x if cache.shape[2] == x.shape[2] else x.sum(2, keepdim=True))
     if k_mean is not None:
         put(k_mean, block_mean(keys))
     if k_scale is None or v_scale is None or k_mean is None:

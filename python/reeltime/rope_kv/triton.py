@@ -8,8 +8,7 @@ INT8 spans 64 tokens of one head, RMSNorm all heads of one token: `_inverse_kern
 4 bytes per token, and a program of `_query_int8_kernel` or `_write_kernel` owns GROUP heads of 64
 tokens, which it reads from L2, and one table tile for all of them.  Means, scales, stored keys and
 values, h and z of a block leave together.  h is D / 16 bytes per element of k, most of what is
-written; its product runs on tensor cores, phi and values wider than bfloat16 each as the sum of two
-bfloat16.
+written; triton_summaries has its product, and sums of a slot's.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from reeltime.jit.launch import arch_of, config, launch, unless
 from reeltime.quant.reference import LIMIT
 from reeltime.rope_kv import api
 from reeltime.rope_kv.reference import BLOCK
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from reeltime.rope_kv.triton_summaries import add_blocks, phi_tile, product, terms
 
 # --- Pieces of the kernels ----------------------------------------------------------------------
 
@@ -58,41 +56,6 @@ def _head(x_ptr, x_at, inverse, weight_ptr, stride_w, table_ptr, table_at, held,
     if table_ptr is not None:
         x = lang.rotate(x, tl.load(table_ptr + table_at, held, other=0.0).to(tl.float32))
     return x
-
-
-@triton.jit
-def _phi(x, held, PHI: tl.constexpr):
-    """The feature map of keys [64, BLOCK_D]; 0 outside."""
-    if PHI == "softmax":
-        x = tl.where(held, x, float("-inf"))
-        top = tl.max(x, axis=1, keep_dims=True)
-        y = tl.exp2((x - tl.where(top == float("-inf"), 0.0, top)) * LOG2_E)
-        y /= tl.sum(y, axis=1, keep_dims=True)
-    elif PHI == "elu":
-        y = tl.where(x <= 0.0, tl.exp2(x * LOG2_E), x + 1.0)
-    else:
-        y = tl.where(x <= 0.0, 0.0, x)
-    return tl.where(held, y, 0.0)
-
-
-@triton.jit
-def _terms(x):
-    """x as the sum of two bfloat16, to 16 bits."""
-    high = x.to(tl.bfloat16)
-    return high, (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def _summary(high, low, v):
-    """phi(K)^T V in float32, from the terms of phi [64, D] and v [64, E]."""
-    high, low = tl.trans(high), tl.trans(low)
-    if v.dtype == tl.bfloat16:
-        h = tl.dot(high, v, tl.dot(low, v))
-    else:
-        v, rest = _terms(v)
-        h = tl.dot(high, rest, tl.dot(low, rest))
-        h = tl.dot(high, v, tl.dot(low, v, h))
-    return h
 
 
 # --- Kernels ------------------------------------------------------------------------------------
@@ -240,12 +203,13 @@ def _write_kernel(
     k_scale_ptr,  # [B, slots, nb, H], or None: plain
     k_mean_ptr,  # [B, slots, nb, H, D] or None
     v_scale_ptr,  # [B, slots, nb, H, D]
-    h_ptr,  # [B, slots, nb, H, D, D], or None: no summaries
-    z_ptr,  # [B, slots, nb, H, D]
+    h_ptr,  # [B, slots, nb, H, D, D], or None: no summaries; or if BY_FRAME [B, F, nb, H, D, D]
+    z_ptr,  # [B, slots, nb, H, D] or [B, F, nb, H, D]
     F, N, H, slots, stride_kb, stride_kl, stride_vb, stride_vl, stride_w, stride_tl, stride_s,
     PHI: tl.constexpr, K_LIMIT: tl.constexpr, V_LIMIT: tl.constexpr,
     D: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     SLICE: tl.constexpr,  # columns of h at a time
+    BY_FRAME: tl.constexpr,
 ):  # fmt: skip
     # A slot out of range is nobody's memory
     first, block = tl.program_id(0) * GROUP, tl.program_id(1)
@@ -267,6 +231,7 @@ def _write_kernel(
     cache_k_ptr += to * H * D
     cache_v_ptr += to * H * D
     to = ((b * slots + slot) * tl.num_programs(1) + block) * H
+    sums_to = ((b * F + f) * tl.num_programs(1) + block) * H if BY_FRAME else to
     weight = weight_ptr
     if table_ptr is not None:
         table_ptr += start * stride_tl
@@ -279,7 +244,7 @@ def _write_kernel(
             weight = weight_ptr + head * D * stride_w
         k_at, table_at = head * D + i * stride_kl + dims, i * stride_tl + dims
         k = _head(k_ptr, k_at, inverse, weight, stride_w, table_ptr, table_at, held, dims, inside)
-        place, at = head * D + i * (H * D), to + head
+        place, at, sums_at = head * D + i * (H * D), to + head, sums_to + head
 
         # Keys around their mean as stored
         if k_mean_ptr is not None:
@@ -299,10 +264,10 @@ def _write_kernel(
 
         # Features of the keys
         if h_ptr is not None:
-            features = _phi(k, held, PHI)
+            features = phi_tile(k, held, PHI)
             z = tl.sum(features, axis=0, keep_dims=True)
-            tl.store(z_ptr + at * D + dims, z, inside)
-            high, low = _terms(features)
+            tl.store(z_ptr + sums_at * D + dims, z, inside)
+            high, low = terms(features)
 
         # Values and h
         for left in range(0, D, SLICE):
@@ -320,8 +285,8 @@ def _write_kernel(
             if h_ptr is not None:
                 channels = tl.arange(0, BLOCK_D)[:, None]
                 h_held = (channels < D) & (some < D)
-                h_at = h_ptr + at * D * D + channels * D + some
-                tl.store(h_at, _summary(high, low, v), h_held)
+                h_at = h_ptr + sums_at * D * D + channels * D + some
+                tl.store(h_at, product(high, low, v), h_held)
 
 
 # --- Launchers ----------------------------------------------------------------------------------
@@ -477,7 +442,10 @@ def write(
             "backend='reference' writes any other."
         )
     B, _, N, H, D = cache_k.shape
-    F, table = slots.shape[0], _dense(table)
+    F, nb, table = slots.shape[0], -(-N // BLOCK), _dense(table)
+    sums = (h, z)
+    if per_slot := h is not None and z is not None and h.shape[2] < nb:
+        sums = h.new_empty((B, F, nb, *h.shape[3:])), z.new_empty((B, F, nb, *z.shape[3:]))
     inverse = None if norm_weight is None else _inverse(k, eps)
     tile = _heads_tile("rope_kv_write", k, D)
     # Of h at a time: as much as registers allow, twice that where accumulators need few or none
@@ -486,13 +454,16 @@ def write(
     tile.setdefault("SLICE", min(64, tile["BLOCK_D"], area // tile["BLOCK_D"]))
     launch(
         _write_kernel,
-        (triton.cdiv(H, tile["GROUP"]), -(-N // BLOCK), B * F),
+        (triton.cdiv(H, tile["GROUP"]), nb, B * F),
         *(k, v, inverse, norm_weight, table, slots),
-        *(cache_k, cache_v, k_scale, k_mean, v_scale, h, z, F, N, H, cache_k.shape[1]),
+        *(cache_k, cache_v, k_scale, k_mean, v_scale, *sums, F, N, H, cache_k.shape[1]),
         *(*k.stride()[:2], *v.stride()[:2], *_stride(norm_weight, 0), *_stride(table, 0)),
         slots.stride(0),
         PHI=phi,
         K_LIMIT=LIMIT[torch.int8],
         V_LIMIT=LIMIT.get(cache_v.dtype, 1.0),
+        BY_FRAME=per_slot,
         **{"D": D, "BLOCK": BLOCK, **tile},
     )
+    if per_slot:
+        add_blocks(*sums, slots, h, z)
