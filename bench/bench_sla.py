@@ -29,16 +29,21 @@ EXPECTED = {
 TOLERANCE = sla.TOLERANCE
 SHARES = {"tiny": (0.5,), "dit": (0.05, 0.1)}
 EXACT = Tolerance(0.0, 0.0)
+FORMATS = ((None, None), ("int8", "fp16"), ("int8", "fp8"), ("fp8", "fp8"))  # qk, pv
+# Of that, where a call also reads, scales and stores q, k and v, of which it attends to a few.
+QUANTISING = 0.7
 TIE = 1e-4  # of the RMS of the scores: two blocks closer than that may be ranked either way
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
     shares = SHARES[sizes.name]
     yield block_mask(sizes, shares[0])
-    yield sparse_attention(sizes, shares[0])
+    for formats in FORMATS:
+        yield sparse_attention(sizes, shares[0], *formats)
     yield linear_attention(sizes)
     for share in shares:
-        yield plain(sizes, share)
+        for formats in FORMATS:
+            yield plain(sizes, share, *formats)
         for values in (None, "fp16", "fp8") if share == shares[-1] else ("fp8",):
             yield segments(sizes, share, values)
 
@@ -53,11 +58,30 @@ def selected(share: float, blocks: int) -> int:
     return max(1, int(share * blocks))
 
 
-def case(sizes: Sizes, op: str, form: str, dtype: str, **parts: Any) -> Case:
+def case(
+    sizes: Sizes, op: str, form: str, dtype: str, *, quantising: bool = False, **parts: Any
+) -> Case:
     _, S_q, S_kv, H, D = shape_of(sizes)
+    expected = EXPECTED[op]
+    if quantising:
+        expected = expected.times(QUANTISING, launches=expected.launches + 1)
     return Case(
-        "sla", op, form, f"{S_q}x{S_kv}, {H} heads, D {D}", dtype, expected=EXPECTED[op], **parts
+        "sla", op, form, f"{S_q}x{S_kv}, {H} heads, D {D}", dtype, expected=expected, **parts
     )
+
+
+def name(qk: str | None, pv: str | None) -> str:
+    return f"{qk}, {pv}" if qk else "bf16"
+
+
+def products(qk: str | None, pv: str | None) -> tuple[str, str]:
+    """The dtypes whose peaks bound both products."""
+    first, second = ({"fp16": "bf16", None: "bf16"}.get(x, x) for x in (qk, pv))
+    return str(first), str(second)
+
+
+def tolerance(qk: str | None, pv: str | None) -> Tolerance:
+    return TOLERANCE["fp8" if "fp8" in (qk, pv) else "int8" if qk else "bfloat16"]
 
 
 def qkv(device: torch.device, seed: int, sizes: Sizes) -> Inputs:
@@ -108,7 +132,7 @@ def block_mask(sizes: Sizes, share: float) -> Case:
     )  # fmt: skip
 
 
-def sparse_attention(sizes: Sizes, share: float) -> Case:
+def sparse_attention(sizes: Sizes, share: float, qk: str | None, pv: str | None) -> Case:
     shape = B, S_q, S_kv, H, D = shape_of(sizes)
     rows, columns = counts(sizes)
 
@@ -118,7 +142,7 @@ def sparse_attention(sizes: Sizes, share: float) -> Case:
         return inputs | {"csr": sla.block_mask(*pooled, topk=share, backend="reference")}
 
     def run(inputs: Inputs, backend: str) -> Any:
-        return sla.sparse_attention(**inputs, backend=backend)
+        return sla.sparse_attention(**inputs, qk=qk, pv=pv, backend=backend)
 
     def judge(inputs: Inputs, result: Any) -> Iterator[Judged]:
         q, k, v = (inputs[name].double() for name in "qkv")
@@ -129,13 +153,13 @@ def sparse_attention(sizes: Sizes, share: float) -> Case:
             seen = per_token(blocks, S_kv, 3, BLOCK_K)
             return attention.attention(q[:, piece], k, v, mask=seen, backend="reference")
 
-        yield Judged("out", result, cached.together(S_q, oracle), TOLERANCE["bfloat16"])
+        yield Judged("out", result, cached.together(S_q, oracle), tolerance(qk, pv))
 
     part = min(1.0, selected(share, columns) * BLOCK_K / S_kv)
     lists = 4 * B * H * (rows + 1 + rows * selected(share, columns))
     return case(
-        sizes, "sparse_attention", f"top {share:.0%}", "bf16",
-        flops={"bf16": attention.flops(*shape) * part},
+        sizes, "sparse_attention", f"top {share:.0%}", name(qk, pv), quantising=qk is not None,
+        flops=halves(attention.flops(*shape) * part, qk, pv),
         bytes=attention.bytes(*shape) + lists, make=make, run=run, judge=judge,
         peers=peers.scaled_dot_product(*shape),
     )  # fmt: skip
@@ -190,18 +214,24 @@ def judged(result: Tensor, want: Tensor, clear: Tensor, tolerance: Tolerance) ->
     yield Judged("out", result[clear], want[clear], tolerance)
 
 
-def work(sizes: Sizes, count: int, qk: str, pv: str) -> dict[str, float]:
+def halves(flops: float, qk: str | None, pv: str | None) -> dict[str, float]:
+    """By dtype: half of them in each product."""
+    found: dict[str, float] = {}
+    for dtype in products(qk, pv):
+        found[dtype] = found.get(dtype, 0.0) + flops / 2
+    return found
+
+
+def work(sizes: Sizes, count: int, qk: str | None, pv: str | None) -> dict[str, float]:
     """FLOPs by dtype of the selected blocks, and of the linear branch."""
     shape = B, S_q, S_kv, H, D = shape_of(sizes)
     share = min(1.0, count * BLOCK_K / S_kv)
     sparse = 4 * B * H * S_q * S_kv * D * share
-    found = {"bf16": sla.flops(*shape, share=share) - sparse}
-    for dtype in (qk, pv):
-        found[dtype] = found.get(dtype, 0.0) + sparse / 2
-    return found
+    found = halves(sparse, qk, pv)
+    return found | {"bf16": found.get("bf16", 0.0) + sla.flops(*shape, share=share) - sparse}
 
 
-def plain(sizes: Sizes, share: float) -> Case:
+def plain(sizes: Sizes, share: float, qk: str | None, pv: str | None) -> Case:
     shape = _, S_q, S_kv, _, D = shape_of(sizes)
     count = selected(share, counts(sizes)[1])
 
@@ -209,7 +239,7 @@ def plain(sizes: Sizes, share: float) -> Case:
         return qkv(device, seed, sizes) | projection(device, seed, D)
 
     def run(inputs: Inputs, backend: str) -> Any:
-        return sla.sla(**inputs, topk=share, backend=backend)
+        return sla.sla(**inputs, topk=share, qk=qk, pv=pv, backend=backend)
 
     def judge(inputs: Inputs, result: Any) -> Iterator[Judged]:
         wide = {name: x.double() for name, x in inputs.items()}
@@ -218,22 +248,24 @@ def plain(sizes: Sizes, share: float) -> Case:
             S_q, lambda rows: sla.sla(q[:, rows], **wide, topk=share, backend="reference")
         )
         score = torch.einsum("bqhd,bkhd->bhqk", block_mean(q, BLOCK_Q), block_mean(wide["k"]))
-        yield from judged(result, want, settled(score, count, S_q), TOLERANCE["bfloat16"])
+        yield from judged(result, want, settled(score, count, S_q), tolerance(qk, pv))
 
     part = min(1.0, count * BLOCK_K / S_kv)
     return case(
-        sizes, "sla", f"top {share:.0%}", "bf16", flops=work(sizes, count, "bf16", "bf16"),
-        bytes=sla.bytes(*shape, share=part), make=make, run=run, judge=judge,
+        sizes, "sla", f"top {share:.0%}", name(qk, pv), quantising=qk is not None,
+        flops=work(sizes, count, qk, pv), bytes=sla.bytes(*shape, share=part), make=make, run=run,
+        judge=judge,
         peers=peers.scaled_dot_product(*shape),
     )  # fmt: skip
 
 
 def segments(sizes: Sizes, share: float, values: str | None) -> Case:
     shape = _, S_q, S_kv, _, D = shape_of(sizes)
+    qk = "int8" if values else None
     count = selected(share, sizes.window.frames * -(-sizes.window.per_frame // BLOCK_K))
 
     def make(device: torch.device, seed: int) -> Inputs:
-        inputs = cached.window(device, seed, sizes, values, summaries=True)
+        inputs = cached.window(device, seed, sizes, values, summaries="slot")
         kept = ("q", "cache", "block_table", "offset_index")
         return {name: inputs[name] for name in kept} | projection(device, seed, D)
 
@@ -250,20 +282,16 @@ def segments(sizes: Sizes, share: float, values: str | None) -> Case:
         asks = block_mean(q, BLOCK_Q)[inputs["offset_index"]]  # [T, 1, nQ, H, D]
         means = cache.k_mean[:, inputs["block_table"]]
         score = torch.einsum("tbqhd,btkhd->bhqtk", asks, means).flatten(3)
-        tolerance = TOLERANCE[{None: "bfloat16", "fp16": "int8"}.get(values, "fp8")]
-        yield from judged(result, want, settled(score, count, S_q), tolerance)
+        yield from judged(result, want, settled(score, count, S_q), tolerance(qk, values))
 
     part = min(1.0, count * BLOCK_K / S_kv)
     stored = {None: (2, 2), "fp16": (1, 2), "fp8": (1, 1)}[values]  # bytes of a key, of a value
-    options: Any = {"share": part, "cached_summaries": True}
+    options: Any = {"share": part, "summaries": "slot", "slots": sizes.window.frames}
     moved = sum(sla.bytes(*shape, **options, kv_itemsize=size) for size in stored) // 2
-    form = f"top {share:.0%}, cached"
-    dtype = f"int8, {values}" if values else "bf16"
-    precise = {"fp16": "bf16", None: "bf16"}
     return case(
-        sizes, "segment_sla", form, dtype,
-        flops=work(sizes, count, "int8" if values else "bf16", precise.get(values, "fp8")),
-        bytes=moved, make=make, run=run, judge=judge, peers=peers.scaled_dot_product(*shape),
+        sizes, "segment_sla", f"top {share:.0%}, cached", name(qk, values),
+        flops=work(sizes, count, qk, values), bytes=moved, make=make, run=run, judge=judge,
+        peers=peers.scaled_dot_product(*shape),
     )  # fmt: skip
 
 

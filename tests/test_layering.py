@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"python/reeltime": "reeltime", "model": "reeltime.model", "bench": "reeltime.bench"}
 
 FAMILIES = ("quant", "norm", "rope_kv", "gemm_w8a8", "attention", "sla")
-# attention and sla read the cache that rope_kv writes: its type is the contract between them.
-READS = {"attention": {"rope_kv"}, "sla": {"rope_kv"}}
+# attention and sla read the cache that rope_kv writes: its type is the contract between them.  The
+# sparse branch of sla in 8 bits is attention over lists: its formats, its encoding, its kernel.
+READS = {"attention": {"rope_kv"}, "sla": {"rope_kv", "attention"}}
 LAYERS = ("foundation", "family", "model", "bench", "cli")  # may import itself and those before it
 MAX_KERNEL_LINES = 500
 FORBIDDEN = {"util", "utils", "helper", "helpers", "misc", "manager", "v2"}  # as a word of a name

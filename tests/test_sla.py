@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cosine_similarity
 
 from reeltime import checks, rope_kv, sla
 from reeltime.attention import attention, segment_attention
@@ -151,6 +152,35 @@ def test_sparse_is_dense_under_its_mask(lengths, topk, topp):
     assert torch.allclose(lse, want_lse)
     if topk == 99:
         assert torch.allclose(out, attention(q, k, v))
+
+
+FORMATS = [("int8", "fp16", "block"), ("int8", "fp8", None), ("fp8", "fp8", "sequence")]
+
+
+@pytest.mark.parametrize("qk, pv, smooth", FORMATS)
+def test_8_bits_are_those_of_attention(qk, pv, smooth):
+    q, k, v = qkv(19, 150, D=32)
+    csr, low = mask_of(q, k, 8, 4, topk=0.3), {"qk": qk, "pv": pv, "smooth": smooth}
+    out, lse = sla.sparse_attention(q, k, v, csr, **BLOCKS, **low, return_lse=True)
+    mask = token_mask(csr, 19, 150, 8, 4)
+    want, want_lse = attention(q, k, v, mask=mask, **low, return_lse=True)
+    assert torch.allclose(out, want, atol=1e-12)
+    assert torch.allclose(lse, want_lse)
+    exact = sla.sparse_attention(q, k, v, csr, **BLOCKS)
+    assert sla.TOLERANCE["fp8" if pv == "fp8" else "int8"].accepts(checks.accuracy(out, exact))
+    fused, plain = (sla.sla(q, k, v, **BLOCKS, topk=0.3, **of) for of in (low, {}))
+    assert torch.allclose(fused - plain, out - exact, atol=1e-12)  # the linear branch as it was
+
+
+@pytest.mark.parametrize("qk, pv, smooth", FORMATS)
+def test_gradients_pass_straight_through_8_bits(qk, pv, smooth):
+    got, want = (
+        torch.autograd.grad(sla.sla(*x, **BLOCKS, topk=3, **low).square().sum(), x)
+        for low in ({"qk": qk, "pv": pv, "smooth": smooth}, {})
+        for x in [[y.requires_grad_() for y in qkv(19, 70, D=32)]]
+    )
+    for a, b in zip(got, want, strict=True):
+        assert cosine_similarity(a.flatten(), b.flatten(), 0) > 0.99
 
 
 def test_row_without_blocks_is_zero():
@@ -312,10 +342,11 @@ def test_nan_in_a_value_stays_in_its_head(bad):
 # --- Cached segments ----------------------------------------------------------------------------
 
 
-def segments(N, *, O=2, T=5, L=20, B=2, H=2, D=8, format="plain", phi="softmax"):  # noqa: E741
+def segments(N, *, O=2, T=5, L=20, B=2, H=2, D=8, format="plain", **options):  # noqa: E741
     torch.manual_seed(N)
     dtype = D64 if format == "plain" else torch.float16
-    cache = rope_kv.make_cache(B, T, N, H, D, format=format, dtype=dtype, summaries=True, phi=phi)
+    options = {"format": format, "dtype": dtype, "summaries": "block"} | options
+    cache = rope_kv.make_cache(B, T, N, H, D, **options)
     k, v = (torch.randn(B, T * N, H * D, dtype=D64) for _ in range(2))
     rope_kv.write(k, v, cache, torch.arange(T), num_heads=H)
     return torch.randn(O, B, L, H, D, dtype=D64), cache
@@ -374,8 +405,20 @@ def test_each_segment_is_scored_by_its_query(over):
 
 
 @pytest.mark.parametrize("format", ["plain", "int8"])
-def test_absent_slots_are_never_read(format):
-    q, cache = segments(70, format=format)
+def test_over_all_summaries_of_slots_will_do(format):
+    """Results differ by roundings of sums: of float64, or of float32 in an 8-bit cache."""
+    (q, blocks), (_, slots) = (segments(150, format=format, summaries=s) for s in ("block", "slot"))
+    assert (blocks.h.shape[2], slots.h.shape[2]) == (3, 1)
+    where = torch.tensor([3, -1, 0, 2]), torch.tensor([0, 0, 1, 0])
+    want, got = (sla.segment_sla(q, cache, *where, topk=2) for cache in (blocks, slots))
+    assert torch.allclose(got, want, rtol=0, atol=1e-12 if format == "plain" else 1e-6)
+    assert not torch.allclose(got, sla.segment_sla(q, slots, *where, topk=2, eps=1.0))
+
+
+@pytest.mark.parametrize("summaries", ["block", "slot"])
+@pytest.mark.parametrize("format", ["plain", "int8"])
+def test_absent_slots_are_never_read(format, summaries):
+    q, cache = segments(70, format=format, summaries=summaries)
     table, offsets = torch.tensor([3, -1, 0, -1]), torch.tensor([0, 1, 1, 1])
     before = sla.segment_sla(q, cache, table, offsets, topk=2)
     for part in (cache.v, cache.k_scale, cache.k_mean, cache.v_scale, cache.h, cache.z):
@@ -404,8 +447,11 @@ def test_flops_and_bytes():
     assert dense - linear == 10 * (tenth - linear) == 4 * 2 * 128 * 640 * 8
     plain = sla.bytes(1, 128, 640, 2, 8, share=0.1)
     assert plain == (2 * 128 + 2 * 640) * 16 * 2
-    cached = sla.bytes(1, 128, 640, 2, 8, share=0.1, kv_itemsize=1, cached_summaries=True)
-    assert cached == 2 * 128 * 16 * 2 + 2 * 64 * 16 + 10 * 16 * 4 * 10
+    cached = sla.bytes(1, 128, 640, 2, 8, share=0.1, kv_itemsize=1, summaries="block")
+    read = 2 * 128 * 16 * 2 + 2 * 64 * 16
+    assert cached == read + 10 * 16 * 4 * 10
+    kinds = {"share": 0.1, "kv_itemsize": 1, "summaries": "slot", "slots": 4}  # of 160 tokens
+    assert sla.bytes(1, 128, 640, 2, 8, **kinds) == read + 4 * 16 * 4 * (3 + 9)
 
 
 q, k, v = qkv()
@@ -415,6 +461,7 @@ h, z = sla.summaries(k, v, block_k=4)
 sq, cache = segments(4)
 at = torch.tensor([0, 1])
 bare = rope_kv.make_cache(2, 5, 4, 2, 8, dtype=D64)
+whole = segments(65, summaries="slot")[1]
 
 ERRORS = {
     "pooled_q: expected 4 dim": lambda: sla.block_mask(pq[0], pk, topk=1),
@@ -470,6 +517,9 @@ ERRORS = {
     "proj_weight: expected shape": lambda: sla.sla(q, k, v, proj_weight=torch.eye(4)),
     "proj_bias: expected None": lambda: sla.sla(q, k, v, proj_bias=torch.ones(8)),
     "cache: expected a cache with summaries": lambda: sla.segment_sla(sq, bare, at, at),
+    "over: expected 'all' with a cache whose summaries are of whole slots, got 'marginal'": (
+        lambda: sla.segment_sla(sq, whole, at, at, over="marginal")
+    ),
     "block_table .its length T.: expected": lambda: sla.segment_sla(sq, cache, at[:0], at[:0]),
     "offset_index: expected shape": lambda: sla.segment_sla(sq, cache, at, at[:1]),
     "out: expected shape": lambda: sla.sla(q, k, v, out=k),

@@ -166,6 +166,29 @@ def test_sparse_shapes(lengths, blocks, heads, dims, device):
     both(sla.sparse_attention, q, k, v, csr, **options, return_lse=True)
 
 
+@pytest.mark.parametrize("smooth", ["block", None])
+@pytest.mark.parametrize("pv", ["fp16", "fp8"])
+def test_sparse_in_8_bits(pv, smooth, device):
+    q, k, v = qkv(device, 70, 300, B=2, D=32, E=48)
+    csr = mask_of(q, k, 32, 64, topk=2)
+    options = {"block_q": 32, "pv_skip": 9.0, "return_lse": True}
+    low = {"qk": "int8", "pv": pv, "smooth": smooth}
+    # Probabilities of fp8 values stay in float16 here
+    near = "float16" if pv == "fp16" else "fp8"
+    got = both(sla.sparse_attention, q, k, v, csr, **options, **low, format=near)
+    exact = sla.sparse_attention(q, k, v, csr, **options)
+    close(got[0], exact[0], "int8" if pv == "fp16" else "fp8")
+    assert not torch.equal(got[0], exact[0])
+
+
+def test_8_bits_that_are_not_served(device):
+    q, k, v = qkv(device, 8, 64)
+    with pytest.raises(UnsupportedArchError, match="qk='fp8', pv='fp8'.*'reference' has every"):
+        sla.sla(q, k, v, qk="fp8", pv="fp8", backend="triton")
+    with pytest.raises(UnsupportedArchError, match="block_k=64, not 32"):
+        sla.sla(q, k, v, qk="int8", pv="fp8", block_k=32, backend="triton")
+
+
 def test_sparse_reads_any_strides(device):
     q, k, v = qkv(device, B=2, H=2)
     csr = mask_of(q, k, 8, 4, topk=2)
@@ -272,6 +295,14 @@ def test_fused_in_16_bits(format, device):
     both(sla.sla, q, k, v, topk=2, over="unselected", block_q=16, block_k=16, format=format)
 
 
+@pytest.mark.parametrize("pv", ["fp16", "fp8"])
+def test_fused_in_8_bits(pv, device):
+    q, k, v = qkv(device, 140, 200, H=2, D=32, dtype=torch.bfloat16)
+    both(sla.sla, q, k, v, topk=2, qk="int8", pv=pv, format="bfloat16" if pv == "fp16" else "fp8")
+    got = sla.sla(q, k, v, topk=2, qk="int8", pv=pv, backend="triton")
+    close(got, sla.sla(*map(wide, (q, k, v)), topk=2), "int8" if pv == "fp16" else "fp8")
+
+
 def test_fused_at_its_default_blocks(device):
     q, k, v = qkv(device, 200, 300, H=1, H_kv=1)
     both(sla.sla, q, k, v, topk=0.5)
@@ -338,7 +369,7 @@ def test_out_is_written_in_place(device):
 
 def stream(device, N, *, O=2, T=5, L=20, H=2, D=20, format="plain", phi="softmax", **options):  # noqa: E741
     g = torch.Generator().manual_seed(N)
-    options = {"format": format, "phi": phi, "device": device, "summaries": True} | options
+    options = {"format": format, "phi": phi, "device": device, "summaries": "block"} | options
     cache = rope_kv.make_cache(1, T, N, H, D, **options)
     k, v = (torch.randn(1, T * N, H * D, generator=g).to(device) for _ in range(2))
     rope_kv.write(k, v, cache, torch.arange(T, device=device), num_heads=H, backend="reference")
@@ -376,6 +407,15 @@ def test_segments(over, phi, device):
     q, cache = stream(device, 70, phi=phi)
     where = lists(device, [3, -1, 0, 2], [1, 0, 0, 1])
     both_streams(q, cache, *where, topk=2, negligible=0.34, block_q=20, over=over)
+
+
+def test_segments_with_summaries_of_slots(device):
+    """More of them than are added at a time."""
+    q, cache = stream(device, 70, T=11, summaries="slot")
+    table = [3, -1, 0, 2, 10, 5, 4, 9, 1, 8, 7]
+    where = lists(device, table, [1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1])
+    assert cache.h.shape[2] == 1
+    both_streams(q, cache, *where, topk=2, block_q=20)
 
 
 @pytest.mark.parametrize("value", ["fp8", "float16"])
@@ -428,10 +468,13 @@ def test_segments_project(device):
     assert not sla.segment_sla(q, cache, *nothing, **options, backend="triton").any()
 
 
-@pytest.mark.parametrize("format, over", [("plain", "all"), ("int8", "unselected")])
-def test_absent_slots_are_never_read(format, over, device):
+@pytest.mark.parametrize(
+    "format, over, summaries",
+    [("plain", "all", "block"), ("plain", "all", "slot"), ("int8", "unselected", "block")],
+)
+def test_absent_slots_are_never_read(format, over, summaries, device):
     dtype = torch.float16 if format == "int8" else torch.float32
-    q, cache = stream(device, 70, format=format, dtype=dtype)
+    q, cache = stream(device, 70, format=format, dtype=dtype, summaries=summaries)
     where = lists(device, [3, -1, 0, -1], [0, 1, 1, 1])
     options = {"topk": 2, "over": over, "block_q": 16, "backend": "triton"}
     before = sla.segment_sla(q, cache, *where, **options)

@@ -70,12 +70,14 @@ def chunk(config: ModelConfig) -> int:
     return config.chunk * FRAME
 
 
-def cache(config: ModelConfig, values: torch.dtype | None) -> rope_kv.KVCache:
+def cache(
+    config: ModelConfig, values: torch.dtype | None, summaries: str = "slot"
+) -> rope_kv.KVCache:
     """A window and a reference frame of one layer, with summaries; values None: plain."""
     return rope_kv.make_cache(
         1, config.window + 1, FRAME, config.num_heads, config.head_dim,
         format="plain" if values is None else "int8", dtype=values or BF16, device="meta",
-        summaries=True,
+        summaries=summaries,
     )  # fmt: skip
 
 
@@ -111,8 +113,10 @@ def of_rope_kv(config: ModelConfig) -> Iterator[Specimen]:
     yield specimen("query int8", rope_kv.query, x, table, quantize="int8", **normed)
     slots = meta(config.chunk, dtype=INT64)
     for name, values in (("plain", None), ("int8, v fp16", F16), ("int8, v fp8", FP8)):
-        put = rope_kv.write, x, x, cache(config, values), slots
-        yield specimen(f"write {name}", *put, table=table[0], **normed)
+        for summaries in ("slot", "block") if values == FP8 else ("slot",):
+            put = rope_kv.write, x, x, cache(config, values, summaries), slots
+            case = f"write {name}, summaries per {summaries}"
+            yield specimen(case, *put, table=table[0], **normed)
     raw = meta(1, config.window, FRAME, config.num_heads, config.head_dim)
     turn = meta(config.window * FRAME, half, 2, dtype=F32)
     yield specimen("rope_on_cache", rope_kv.rope_on_cache, raw, turn)
@@ -167,6 +171,8 @@ def of_attention(config: ModelConfig) -> Iterator[Specimen]:
     qkv = [meta(1, 4096, H, config.head_dim) for _ in range(3)]
     for qk in FORMATS:
         yield specimen(f"plain, qk {qk}, pv fp8", attention.attention, *qkv, qk=qk, pv="fp8")
+    case, few = "plain, qk int8, pv fp16, few queries", meta(1, 64, H, config.head_dim)
+    yield specimen(case, attention.attention, few, *qkv[1:], qk="int8", pv="fp16")
     case = "plain, qk int8, pv fp16, mean of the sequence"
     low = {"qk": "int8", "pv": "fp16", "smooth": "sequence"}
     yield specimen(case, attention.attention, *qkv, **low)
@@ -182,6 +188,10 @@ def of_sla(config: ModelConfig) -> Iterator[Specimen]:
     lists = sla.CSR(*(meta(1, H, n, dtype=torch.int32) for n in (pooled[0].shape[1] + 1, 48 * 67)))
     h, z = meta(1, pooled[1].shape[1], H, D, D, dtype=F32), meta(*pooled[1].shape, dtype=F32)
     yield specimen("sparse_attention, bf16", sla.sparse_attention, q, k, k, lists)
+    for qk, pv in (("int8", "fp16"), ("int8", "fp8"), ("fp8", "fp8")):
+        case, low = f"qk {qk}, pv {pv}", {"qk": qk, "pv": pv}
+        yield specimen(f"sparse_attention, {case}", sla.sparse_attention, q, k, k, lists, **low)
+        yield specimen(f"sla, {case}", sla.sla, q, k, k, **proj, **low)
     linear = sla.linear_attention
     yield specimen("linear_attention, all", linear, q, h, z)
     yield specimen("linear_attention, unselected", linear, q, h, z, lists, over="unselected")

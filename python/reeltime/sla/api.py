@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reeltime import checks
+from reeltime.attention.api import check_formats
 from reeltime.backends import Op
 from reeltime.checks import Tolerance
 from reeltime.sla import arguments, reference
@@ -59,16 +60,18 @@ def bytes(
     itemsize: int = 2,
     kv_itemsize: int = 2,
     block_k: int = BLOCK_K,
-    cached_summaries: bool = False,
+    summaries: str | None = None,
+    slots: int = 1,
 ) -> int:
     """q in, out out; keys and values once, but no more than what all rows select together; pooled
-    keys and summaries, where they are cached."""
+    keys, and summaries of each "block" or of so many "slot"s, where a cache has them."""
     rows = -(-S_q // BLOCK_Q)
     reach = min(1.0, share * rows)
-    kv = int(2 * B * S_kv * H * D * kv_itemsize * (reach if cached_summaries else 1))
-    blocks = B * -(-S_kv // block_k) * H * D
-    summaries = blocks * 4 * (D + 2) if cached_summaries else 0
-    return 2 * B * S_q * H * D * itemsize + kv + summaries
+    kv = int(2 * B * S_kv * H * D * kv_itemsize * (reach if summaries else 1))
+    blocks = slots * -(-S_kv // slots // block_k)
+    summed = {None: 0, "block": blocks, "slot": slots}[summaries]
+    cached = 4 * B * H * D * (blocks + summed * (D + 1)) if summaries else 0
+    return 2 * B * S_q * H * D * itemsize + kv + cached
 
 
 def _fake_block_mask(
@@ -90,6 +93,7 @@ def _fake_sparse(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tens
 
 
 MASK = "int? topk, float? topp, float negligible"
+FORMAT = "str? qk, str? pv, str? smooth"
 BLOCK_MASK = Op(
     "sla",
     "block_mask(Tensor pooled_q, Tensor pooled_k, Tensor? similar_q, Tensor? similar_k, "
@@ -101,7 +105,7 @@ BLOCK_MASK = Op(
 SPARSE_ATTENTION = Op(
     "sla",
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indptr, Tensor indices, int block_q, "
-    "int block_k, float sm_scale, float pv_skip, str backend) -> (Tensor, Tensor)",
+    f"int block_k, float sm_scale, float pv_skip, {FORMAT}, str backend) -> (Tensor, Tensor)",
     reference.sparse_attention,
     _fake_sparse,
 )
@@ -116,7 +120,7 @@ SLA = Op(
     "sla",
     f"sla(Tensor q, Tensor k, Tensor v, Tensor? proj_weight, Tensor? proj_bias, {MASK}, str over, "
     "float similarity, float pv_skip, int block_q, int block_k, str phi, float sm_scale, "
-    "float eps, str backend) -> Tensor",
+    f"float eps, {FORMAT}, str backend) -> Tensor",
     reference.sla,
     lambda q, k, v, *_: q.new_empty((*q.shape[:3], v.shape[3])),
 )
@@ -251,6 +255,9 @@ def sparse_attention(
     block_k: int = BLOCK_K,
     sm_scale: float | None = None,
     pv_skip: float = float("inf"),
+    qk: str | None = None,
+    pv: str | None = None,
+    smooth: str | None = "block",
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -261,8 +268,10 @@ def sparse_attention(
     Args:
         q: [B, S_q, H, D] floating point.   k, v: [B, S_kv, H_kv, D], of q's dtype; any lengths.
         csr: of block_mask, for ceil(S_q / block_q) rows.
-        pv_skip: leave out the values of a block all of whose scores lie this far (natural log)
-            below the running maximum of their rows; it still counts in the sum.  Infinity: never.
+        pv_skip: values of a block all of whose scores lie this far (natural log) below the running
+            maximum of their rows may be left out; it still counts in the sum.  Infinity: never.
+            A kernel may decide for as few as 16 rows by themselves.
+        qk, pv, smooth: 8 bits, as in attention.attention; the gradient passes straight through.
         backend: "auto", "reference", "triton" or "cuda".
     Returns:
         [B, S_q, H, D] of q's dtype; with return_lse also lse [B, H, S_q] float32 (float64).
@@ -280,9 +289,12 @@ def sparse_attention(
     arguments.check_csr(csr, q, block_q)
     if not pv_skip > 0:
         checks.fail("pv_skip", "a distance > 0", pv_skip, "Leave it out to skip nothing.")
+    check_formats(qk, pv, smooth)
     scale = checks.softmax_scale(sm_scale, q.shape[3])
     out, lse = SPARSE_ATTENTION.run(
-        backend, q.device, q, k, v, csr[0], csr[1], block_q, block_k, scale, pv_skip
+        backend,
+        q.device,
+        *(q, k, v, csr[0], csr[1], block_q, block_k, scale, pv_skip, qk, pv, smooth),
     )
     return (out, lse) if return_lse else out
 
@@ -365,6 +377,9 @@ def sla(
     proj_bias: Tensor | None = None,
     similarity: float = -1.0,
     pv_skip: float = float("inf"),
+    qk: str | None = None,
+    pv: str | None = None,
+    smooth: str | None = "block",
     block_q: int = BLOCK_Q,
     block_k: int = BLOCK_K,
     phi: str = "softmax",
@@ -386,6 +401,7 @@ def sla(
         similarity: blocks whose mean cosine is at most this are not ranked by their mean but
             attended to (keys) or attend to everything (queries); -1: no guard.
         pv_skip: as in sparse_attention.
+        qk, pv, smooth: of the sparse branch, as in sparse_attention.
         out: optional [B, S_q, H, D], written in place.
         backend: "auto", "reference", "triton" or "cuda".
     Returns:
@@ -401,12 +417,13 @@ def sla(
         checks.at_least("k (its length S_kv)", k.shape[1], 1)
         checks.at_least("block_k", block_k, 1)
     arguments.check_branch(over, phi, eps, block_q, pv_skip, proj_weight, proj_bias, v)
+    check_formats(qk, pv, smooth)
     count, mass, dropped = arguments.selection(topk, topp, negligible, -(-k.shape[1] // block_k))
     scale = q.shape[3] ** -0.5 if sm_scale is None else checks.softmax_scale(sm_scale, 1)
     # fmt: off
     y = SLA.run(
         backend, q.device, q, k, v, proj_weight, proj_bias, count, mass, dropped, over, similarity,
-        pv_skip, block_q, block_k, phi, scale, eps,
+        pv_skip, block_q, block_k, phi, scale, eps, qk, pv, smooth,
     )
     # fmt: on
     if out is None:
@@ -441,7 +458,8 @@ def segment_sla(
 
     Args:
         q, block_table, offset_index: as in attention.segment_attention.
-        cache: of rope_kv.make_cache(summaries=True), plain or int8, phi included.
+        cache: of rope_kv.make_cache, plain or int8, phi included, with summaries of each "block"
+            or, for over="all", of each "slot".
         The rest as in sla; key blocks are the 64-token blocks of the cache.
     Returns:
         [B, L, H, D] of q's dtype, or out; zeros if every entry of block_table is absent.
@@ -452,7 +470,14 @@ def segment_sla(
     """
     if cache.k_mean is None or cache.h is None or cache.z is None:
         checks.fail(
-            "cache", "a cache with summaries", "one without", "Allocate it with summaries=True."
+            "cache", "a cache with summaries", "one without", "Allocate it with summaries='slot'."
+        )
+    if over != "all" and cache.h.shape[2] != cache.k_mean.shape[2]:
+        checks.fail(
+            "over",
+            "'all' with a cache whose summaries are of whole slots",
+            repr(over),
+            "Allocate the cache with summaries='block'.",
         )
     checks.segments(q, cache.k, block_table, offset_index)
     steps = block_table.shape[0]

@@ -115,7 +115,13 @@ def block_mask(
 
 
 def attend(
-    score: Tensor, values: Tensor, chosen: Tensor, held: Tensor, block_q: int, pv_skip: float
+    score: Tensor,
+    values: Tensor,
+    chosen: Tensor,
+    held: Tensor,
+    block_q: int,
+    pv_skip: float,
+    pv: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the chosen blocks: score [B, H, S_q, n, size], values [B, n, size, H, D]."""
     rows = rope_kv.per_token(chosen, score.shape[2], 2, block_q)  # [B, H, S_q, n]
@@ -123,7 +129,11 @@ def attend(
     dead = ~seen.flatten(3).any(-1)[..., None, None]
     score = score.masked_fill(~(seen | dead), -torch.inf).masked_fill(dead, 0.0)
     lse = score.flatten(3).logsumexp(-1)
-    p = (score - lse[..., None, None]).exp()
+    if pv is None:
+        p = (score - lse[..., None, None]).exp()
+    else:
+        stored = attention.stored_probabilities(score.flatten(3), pv)
+        p = (stored / stored.sum(-1, keepdim=True)).view_as(score)
     if pv_skip < torch.inf:
         p = p * keep_pv(score, block_q, pv_skip).unsqueeze(-1)
     out = torch.einsum("bhlns,bnshd->blhd", p.masked_fill(dead, 0.0), values)
@@ -143,10 +153,14 @@ def keep_pv(score: Tensor, block_q: int, pv_skip: float) -> Tensor:
     return rope_kv.per_token(nearest > -pv_skip, length, 2, block_q)
 
 
-def plain_scores(q: Tensor, k: Tensor, sm_scale: float, size: int) -> Tensor:
-    """wide q [B, S_q, H, D], k [B, S_kv, H, D] -> [B, H, S_q, n, size]."""
-    keys = rope_kv.blocks(k, size)
-    return torch.einsum("blhd,bnshd->bhlns", q * sm_scale, keys)
+def plain_scores(
+    q: Tensor, k: Tensor, size: int, qk: str | None = None, smooth: str | None = None
+) -> Tensor:
+    """wide, scaled q [B, S_q, H, D], k [B, S_kv, H, D] -> [B, H, S_q, n, size]."""
+    if qk is None:
+        return torch.einsum("blhd,bnshd->bhlns", q, rope_kv.blocks(k, size))
+    score = attention.scores(q, k, qk, smooth)
+    return F.pad(score, (0, -k.shape[1] % size)).unflatten(-1, (-1, size))
 
 
 def grouped(x: Tensor, heads: int) -> Tensor:
@@ -164,12 +178,16 @@ def sparse_attention(
     block_k: int,
     sm_scale: float,
     pv_skip: float,
+    qk: str | None = None,
+    pv: str | None = None,
+    smooth: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    score = plain_scores(wide(q), grouped(k, q.shape[2]), sm_scale, block_k)
+    heads = q.shape[2]
+    score = plain_scores(wide(q) * sm_scale, grouped(k, heads), block_k, qk, smooth)
     held = rope_kv.held(k.shape[1], k.device, block_k)
     chosen = expand(indptr, indices, held.shape[0])
-    values = rope_kv.blocks(grouped(v, q.shape[2]), block_k)
-    out, lse = attend(score, values, chosen, held, block_q, pv_skip)
+    values = rope_kv.blocks(attention.rounded_values(grouped(v, heads), pv), block_k)
+    out, lse = attend(score, values, chosen, held, block_q, pv_skip, pv)
     return out.to(q.dtype).contiguous(), lse
 
 
@@ -260,6 +278,9 @@ def sla(
     phi: str,
     sm_scale: float,
     eps: float,
+    qk: str | None = None,
+    pv: str | None = None,
+    smooth: str | None = None,
 ) -> Tensor:
     heads = q.shape[2]
     wide_q, keys, values = wide(q), grouped(k, heads), grouped(v, heads)
@@ -271,9 +292,9 @@ def sla(
         ranking = block_scores(pooled_q, pooled_k, sm_scale)
         selected, marginal = classify(ranking, topk, topp, negligible, guard_q, guard_k, None)
     held = rope_kv.held(k.shape[1], k.device, block_k)
-    score = plain_scores(wide_q, keys, sm_scale, block_k)
-    blocked = rope_kv.blocks(values, block_k)
-    sparse, _ = attend(score, blocked, selected, held, block_q, pv_skip)
+    score = plain_scores(wide_q * sm_scale, keys, block_k, qk, smooth)
+    blocked = rope_kv.blocks(attention.rounded_values(values, pv), block_k)
+    sparse, _ = attend(score, blocked, selected, held, block_q, pv_skip, pv)
     h, z = rope_kv.summaries(keys, values, phi, block_k)
     owner = torch.ones(1, h.shape[1], device=h.device)
     include = covered(over, selected, marginal)
@@ -328,7 +349,8 @@ def segment_sla(
         score, rope_kv.blocks(values).flatten(1, 2), selected, held, block_q, pv_skip
     )
     owner = torch.arange(offsets, device=q.device).unsqueeze(1) == offset_index
-    owner = owner.repeat_interleave(per_slot, 1) & ~absent  # [O, T * nb]
+    owner &= block_table >= 0
+    owner = owner.repeat_interleave(h.shape[2], 1)  # [O, T * nb], or [O, T]
     read_h, read_z = (x.index_select(1, index).flatten(1, 2).to(wide_q.dtype) for x in (h, z))
     include = covered(over, selected, marginal)
     rest = linear(wide_q, read_h, read_z, include, owner, block_q, phi, eps)

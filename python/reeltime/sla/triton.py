@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reeltime.attention.reference import STORED
+from reeltime.attention.triton_encode import encode
 from reeltime.jit.launch import arch_of, dense, unless, width
 from reeltime.rope_kv.reference import BLOCK
 from reeltime.sla import api
@@ -70,18 +72,51 @@ def _skips(
 _of_query, _of_query_and_values = unless(0), unless(0, 2)
 
 
+def _unserved(formats: tuple[str | None, str | None, str | None], block_k: int) -> str | None:
+    qk, pv, smooth = formats
+    if qk is None and pv is None:
+        return None
+    if qk != "int8" or pv is None or smooth == "sequence":
+        return (
+            "its kernels are those of qk='int8' with pv='fp16' or 'fp8' and the means of blocks or "
+            f"none, and of no 8 bits at all, not of qk={qk!r}, pv={pv!r} and smooth={smooth!r}; "
+            "backend='reference' has every combination"
+        )
+    if block_k != BLOCK:
+        return (
+            f"in 8 bits its kernels walk the blocks that share scales, block_k={BLOCK}, not "
+            f"{block_k}; backend='reference' has any"
+        )
+    return None
+
+
 def _unless_sparse(device: torch.device, *args: Any) -> str | None:
-    why = _of_query(device, *args)
+    why = _of_query(device, *args) or _unserved(args[9:12], args[6])
     if why or args[8] == INFINITY:
         return why
     return _skips(device, args[0], args[2].shape[3], args[8], args[5], args[6])
 
 
 def _unless_sla(device: torch.device, *args: Any) -> str | None:
-    why = _of_query(device, *args)
+    why = _of_query(device, *args) or _unserved(args[16:19], args[12])
     if why or args[10] == INFINITY:
         return why
     return _skips(device, args[0], args[2].shape[3], args[10], args[11], args[12])
+
+
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, qk: str | None, pv: str | None, smooth: str | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, ...] | None]:
+    """q, k and v as attend reads them, one segment, and what belongs to 8 bits."""
+    low = None
+    if qk is not None and pv is not None:
+        mean = None
+        if smooth is not None:
+            mean = k.new_empty((k.shape[0], -(-k.shape[1] // BLOCK), *k.shape[2:]))
+        k, k_scale = encode(k, STORED[qk], mean)
+        v, v_scale = encode(v, STORED[pv], None, per_channel=True)
+        low = (*encode(q, STORED[qk], None), k_scale, mean, v_scale)
+    return (q.unsqueeze(0), k.unsqueeze(1), v.unsqueeze(1)), low
 
 
 def _unless_segments(device: torch.device, *args: Any) -> str | None:
@@ -102,13 +137,16 @@ def sparse_attention(
     block_k: int,
     sm_scale: float,
     pv_skip: float,
+    qk: str | None,
+    pv: str | None,
+    smooth: str | None,
 ) -> tuple[Tensor, Tensor]:
     B, L, H, _ = q.shape
     out = q.new_empty((B, L, H, v.shape[3]))
     lse = q.new_empty((B, H, L), dtype=FLOAT32)
     lists = (by_head(indices), by_head(indptr), 1)
-    window, sizes = (q.unsqueeze(0), k.unsqueeze(1), v.unsqueeze(1)), (block_q, block_k)
-    attend(*window, lists, sizes, sm_scale, pv_skip, out=out, lse=lse)
+    window, low = _operands(q, k, v, qk, pv, smooth)
+    attend(*window, lists, (block_q, block_k), sm_scale, pv_skip, low=low, out=out, lse=lse)
     return out, lse
 
 
@@ -148,13 +186,17 @@ def sla(
     phi: str,
     sm_scale: float,
     eps: float,
+    qk: str | None,
+    pv: str | None,
+    smooth: str | None,
 ) -> Tensor:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     options = (topk, topp, negligible, over, similarity, block_q, block_k, phi, sm_scale)
     choice, h, z, _ = parts_of(q, k, v, proj_weight, *options)
+    window, low = _operands(q, k, v, qk, pv, smooth)
     attend(
-        *(q.unsqueeze(0), k.unsqueeze(1), v.unsqueeze(1), lists_of(choice), (block_q, block_k)),
-        *(sm_scale, pv_skip),
+        *(*window, lists_of(choice), (block_q, block_k), sm_scale, pv_skip),
+        low=low,
         linear=(h, z, proj_bias, phi, eps),
         out=out,
     )

@@ -172,7 +172,9 @@ def _attend_kernel(
                 near = tile(q_at, rows, stride_ql, held, D, BLOCK_D)
                 entry = first + tl.arange(0, GROUP)
                 ahead = tl.load(list_ptr + entry, entry < last, other=0)
-                slot_ahead = tl.load(table_ptr + ahead // per_slot, entry < last, other=0)
+                slot_ahead = tl.zeros((GROUP,), tl.int64)
+                if table_ptr is not None:
+                    slot_ahead = tl.load(table_ptr + ahead // per_slot, entry < last, other=0)
                 mean_at = (b * slots + slot_ahead) * per_slot + ahead % per_slot
                 mean_ptr = k_mean_ptr + h_kv * D
                 mean = tile(mean_ptr, mean_at, H_kv * D, entry < last, D, BLOCK_D)
@@ -194,6 +196,7 @@ def _attend_kernel(
                 if k_scale_ptr is not None:
                     block_at = ((b * slots + slot) * per_slot + j % per_slot) * H_kv + h_kv
                     x_scale = row_scale * tl.load(k_scale_ptr + block_at)
+                if k_mean_ptr is not None:
                     shift = softmax.column(shifts, u // STEPS - first)
                 p, m, alpha = softmax.probabilities(x, x_scale, shift, m, TOP)
                 v_at, v_scale = v_ptr + slot * stride_vs, None
@@ -295,7 +298,7 @@ def attend(
     sm_scale: float,
     pv_skip: float,
     *,
-    low: tuple[Tensor, ...] | None = None,  # q in INT8, its scale, k_scale, k_mean, v_scale
+    low: tuple[Tensor | None, ...] | None = None,  # q in INT8, its scale, k_scale, k_mean, v_scale
     segments: tuple[Tensor, Tensor] | None = None,
     linear: tuple[Tensor, Tensor, Tensor | None, str, float] | None = None,
     out: Tensor | None = None,

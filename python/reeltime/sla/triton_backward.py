@@ -324,7 +324,9 @@ def sparse_gradients(
 def sparse_attention(
     args: tuple[Any, ...], grads: tuple[Tensor | None, ...], needed: Sequence[bool]
 ) -> Gradients:
-    q, k, v, indptr, indices, block_q, block_k, sm_scale, pv_skip = args
+    q, k, v, indptr, indices, block_q, block_k, sm_scale, pv_skip, *_ = (
+        args  # straight through 8 bits
+    )
     grad, grad_lse = grads
     if grad is None:
         grad = q.new_zeros((*q.shape[:3], v.shape[3]))
@@ -332,7 +334,7 @@ def sparse_attention(
     lists = (by_head(indices), by_head(indptr), 1)
     sizes = (block_q, block_k)
     options = (code, lists, sizes, sm_scale, pv_skip, needed)
-    return *sparse_gradients(q, k, v, dense(grad), grad_lse, *options), *[None] * 6
+    return *sparse_gradients(q, k, v, dense(grad), grad_lse, *options), *[None] * 9
 
 
 @api.LINEAR_ATTENTION.gradient("triton")
@@ -362,7 +364,7 @@ def sla(
     args: tuple[Any, ...], grads: tuple[Tensor | None, ...], needed: Sequence[bool]
 ) -> Gradients:
     q, k, v, weight, bias, topk, topp, negligible, over, similarity, pv_skip, *rest = args
-    block_q, block_k, phi, sm_scale, eps = rest
+    block_q, block_k, phi, sm_scale, eps, *_ = rest
     assert grads[0] is not None
     grad, H_kv = dense(grads[0]), k.shape[2]
     options = (topk, topp, negligible, over, similarity, block_q, block_k, phi, sm_scale)
@@ -386,4 +388,4 @@ def sla(
         dweight = (above.flatten(0, -2).t() @ raw.flatten(0, -2)).to(weight.dtype)
     if needed[4]:
         dbias = grad.sum((0, 1, 2), dtype=FLOAT32).to(bias.dtype)
-    return *three, dweight, dbias, *[None] * 11
+    return *three, dweight, dbias, *[None] * 14

@@ -3,7 +3,8 @@
 
     _keys_kernel     a program owns some consecutive key blocks of one head, read once: mean, guard,
                      h = phi(K)^T V and z = sum phi(K), per block or summed over all of its own
-    _sum_kernel      over="all": a program owns a piece of [D, E] and sums it over every block
+    _sum_kernel      over="all": a program owns a piece of [D, E] and sums it over every block, or
+                     over every slot of a cache that has only their sums
     _cover_kernel    otherwise: include [rows, n] x h [n, D E], a tile per program
     _project_kernel  H W^T: out = (phi H) W^T = phi (H W^T), so that the projection costs E^2 per
                      channel of H instead of E^2 per token, and no second tile of accumulators
@@ -177,7 +178,7 @@ def _sum_kernel(
     offset_ptr,  # [T]
     sum_ptr,  # [O, B, H, D, E] float32 contiguous
     B,
-    T,
+    n,  # T * per_slot
     per_slot,
     stride_xb,
     stride_xs,
@@ -196,16 +197,18 @@ def _sum_kernel(
     x_ptr += b * stride_xb + h * stride_xh
     place = (lanes // E) * stride_xd + (lanes % E) * stride_xe
     total = tl.zeros((BLOCK,), tl.float32)
-    for t in range(T):
-        slot, mine = b * 0, per_slot
+    for start in range(0, n, GROUP):
+        j = start + tl.arange(0, GROUP)
+        mine = j < n
+        at = (j % per_slot).to(tl.int64) * stride_xn
         if table_ptr is not None:
-            slot = tl.load(table_ptr + t)
-            mine = tl.where((slot >= 0) & (tl.load(offset_ptr + t) == o), per_slot, 0)
-        for start in range(0, mine, GROUP):
-            blocks = start + tl.arange(0, GROUP)
-            at = slot * stride_xs + blocks.to(tl.int64)[:, None] * stride_xn + place[None, :]
-            held = (blocks < mine)[:, None] & (lanes < D * E)[None, :]
-            total += tl.sum(tl.load(x_ptr + at, held, other=0.0).to(tl.float32), 0)
+            slot = tl.load(table_ptr + j // per_slot, mine, other=-1)
+            mine = mine & (slot >= 0)
+            mine = mine & (tl.load(offset_ptr + j // per_slot, mine, other=-1) == o)
+            at += slot * stride_xs
+        held = mine[:, None] & (lanes < D * E)[None, :]
+        x = tl.load(x_ptr + at[:, None] + place[None, :], held, other=0.0)
+        total += tl.sum(x.to(tl.float32), 0)
     at = (ob.to(tl.int64) * tl.num_programs(1) + h) * (D * E)
     tl.store(sum_ptr + at + lanes, total, lanes < D * E)
 
@@ -341,12 +344,13 @@ def total(x: Tensor, segments: Pair | None, offsets: int) -> Tensor:
     """x [B, slots, per_slot, H, D, E] summed over the blocks of each offset: [O, B, H, 1, D, E]."""
     B, _, per_slot, H, D, E = x.shape
     table, offset = (None, None) if segments is None else segments
+    n = per_slot if table is None else table.shape[0] * per_slot
     out = x.new_empty((offsets, B, H, 1, D, E), dtype=torch.float32)
     BLOCK = min(512, triton.next_power_of_2(D * E))
     launch(
         _sum_kernel,
         (triton.cdiv(D * E, BLOCK), H, offsets * B),
-        *(x, table, offset, out, B, 1 if table is None else table.shape[0], per_slot, *x.stride()),
+        *(x, table, offset, out, B, n, per_slot, *x.stride()),
         D=D,
         E=E,
         GROUP=8,
