@@ -14,6 +14,10 @@ A file is mapped, not read: names and shapes are compared first, then one tensor
 merged with its LoRA if there is one, and moved to where it stays.  Nothing is held twice, and on
 the CPU a tensor that already has the wanted dtype is used in place, from the file.  Nothing but
 tensors is unpickled.
+
+With a quality level in 8 bits a layer is quantised when the last of its weights has been read, and
+a file is closed before the next: the peak is one file and the result.  `save_checkpoint` writes
+what was quantised, and loading that again quantises nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import PRESETS, ModelConfig
+from .config import PRESETS, ModelConfig, SparseLinear
+from .layers import Linear8
+from .quality import QUALITIES, Quality, fill, named, shape, sparsify
 from .transformer import CausalTransformer
 
 WEIGHTS = "diffusion_pytorch_model"  # stem of the files in a folder of Wan's or diffusers'
@@ -115,6 +121,10 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         return self._file.get_tensor(name)
 
+    def close(self) -> None:
+        """Its pages stay mapped for tensors that are used in place, and for nothing else."""
+        del self._file
+
 
 class PickleFile:
     """As `SafetensorsFile`, for a .pt: tensors only, mapped from the file.
@@ -148,6 +158,9 @@ class PickleFile:
 
     def read(self, name: str) -> Tensor:
         return self._state[name]
+
+    def close(self) -> None:
+        del self._state
 
 
 WeightFile = SafetensorsFile | PickleFile
@@ -326,7 +339,10 @@ def infer_config(
     own = settings.get("reeltime", {})
     if isinstance(own, dict):
         stated |= {name: value for name, value in own.items() if name not in told}
+    sparse = stated.pop("sla", None)
     _check_settings(stated, where)
+    if sparse is not None:
+        told["sla"] = _stored(SparseLinear, sparse, where)
     for field, value in stated.items():
         if told.get(field, value) != value:
             raise ValueError(
@@ -347,6 +363,20 @@ def infer_config(
         "text_len": TEXT_LEN,
     }
     return ModelConfig(**(guessed | told | stated))
+
+
+def _stored(kind: type[Any], value: Any, where: Path) -> Any:
+    """A dataclass of ours, as config.json holds it.
+
+    Raises:
+        ValueError: not one.
+    """
+    try:
+        return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in value.items()})
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: config.json of {where}: expected a {kind.__name__}, got {value} ({error})"
+        ) from error
 
 
 def _check_settings(stated: Mapping[str, Any], where: Path) -> None:
@@ -447,6 +477,7 @@ def load_checkpoint(
     part: str | None = None,
     lora: Path | str | None = None,
     lora_alpha: float | None = None,
+    quality: Quality | str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
 ) -> CausalTransformer:
@@ -460,11 +491,13 @@ def load_checkpoint(
         part: of a .pt, which state dict; None takes the first of `PARTS` that it has, so that
             averaged weights ("generator_ema") go before "generator".
         lora: file of a LoRA to merge (LongLive).   lora_alpha: see `Lora`.
-        dtype, device: of the parameters.
+        quality: level that its layers are quantised to, or its name; None: as they are stored.
+        dtype, device: of the parameters; of those in 8 bits, of the biases.
     Raises:
         FileNotFoundError: the path, or a shard of it, does not exist.
         ValueError: unreadable or unsafe file; missing, unexpected or misshapen tensors, listed;
-            a config.json that contradicts the weights; a LoRA that does not fit.
+            a config.json that contradicts the weights; a LoRA that does not fit; another quality
+            than the one that is stored.
 
     On the CPU the parameters may share memory with the file: replace it, never write into it.
     """
@@ -487,7 +520,10 @@ def load_checkpoint(
         config = infer_config(shapes, settings, path)
     with torch.device("meta"):
         net = CausalTransformer(config)
-    expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    stored = _stored_quality(settings, path)
+    if stored is not None:
+        shape(net, stored)
+    expected = {name: tuple(p.shape) for name, p in net.state_dict().items()}
     stored_names = {name: stored for name, (_, stored) in found.items()}
     check_names(expected, shapes, stored_names, f"checkpoint: {path} does not fit {config.name}")
     pairs = Lora(lora, lora_alpha) if lora is not None else None
@@ -495,31 +531,77 @@ def load_checkpoint(
         given = {name: pairs.shape(name) for name in pairs.names}
         wanted = {name: shape for name, shape in expected.items() if name in given}
         check_names(wanted, given, {}, f"lora: {lora} does not fit {config.name}")
+    level = named(quality) if isinstance(quality, str) else quality or stored or QUALITIES["bf16"]
+    if stored is not None and level != stored:
+        raise ValueError(
+            f"quality: {path} is stored at {stored.name}: expected that or None, got {level.name}"
+        )
+    coded = {
+        f"{name}.{kind}": getattr(layer, kind).dtype
+        for name, layer in net.named_modules()
+        if isinstance(layer, Linear8)
+        for kind in ("weight", "weight_scale")
+    }
+    if pairs is not None and coded:
+        raise ValueError(f"lora: {path} is stored in 8 bits, which nothing can be merged with")
+    homes = {} if stored is not None else shape(net, level)
+    parts: dict[Linear8, dict[tuple[str, int], Tensor]] = defaultdict(dict)
     for file in files:
         mine = {name: stored for name, (owner, stored) in found.items() if owner is file}
-        state = dict(_tensors(file, mine, pairs, dtype, device))
+        state = {}
+        for name, tensor in _tensors(file, mine, pairs, coded, dtype, device):
+            if name in homes:
+                _gather(parts, *homes[name], name.rpartition(".")[2], tensor)
+            else:  # a copy, where a view would keep the file mapped
+                state[name] = tensor.clone() if homes else tensor
         net.load_state_dict(state, strict=False, assign=True)
+        file.close()
+    sparsify(net, level)
     return net.eval()
+
+
+def _stored_quality(settings: Mapping[str, Any], where: Path) -> Quality | None:
+    value = settings.get("quality")
+    return None if value is None else _stored(Quality, value, where)
+
+
+def _gather(
+    parts: dict[Linear8, dict[tuple[str, int], Tensor]],
+    layer: Linear8,
+    index: int,
+    kind: str,
+    tensor: Tensor,
+) -> None:
+    """A weight or bias of a part of `layer`; with the last of them it is quantised."""
+    held, count = parts[layer], len(layer.parts)
+    held[kind, index] = tensor
+    if len(held) == 2 * count:
+        fill(layer, *([held[kind, i] for i in range(count)] for kind in ("weight", "bias")))
+        del parts[layer]
 
 
 def _tensors(
     file: WeightFile,
     names: Mapping[str, str],
     lora: Lora | None,
+    coded: Mapping[str, torch.dtype],
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Wan's name, tensor where it stays) of one file: one tensor is read after the other left."""
+    """(Wan's name, tensor where it stays) of one file: one tensor is read after the other left.
+
+    coded: dtypes of codes and scales, which are not converted.
+    """
     for name, stored in names.items():
         tensor = file.read(stored)
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in ((coded[name],) if name in coded else FLOATS):
+            expected = coded.get(name, "16 bits or more of floating point")
             raise ValueError(
-                f"checkpoint: {stored} in {file.path}: expected 16 bits or more of floating point, "
-                f"got {tensor.dtype}"
+                f"checkpoint: {stored} in {file.path}: expected {expected}, got {tensor.dtype}"
             )
         if lora is not None:
             tensor = lora.merge(name, tensor)
-        yield name, tensor.to(device=device, dtype=dtype).contiguous()
+        yield name, tensor.to(device=device, dtype=coded.get(name, dtype)).contiguous()
 
 
 def check_names(
@@ -594,4 +676,6 @@ def save_checkpoint(
     config |= {"patch_size": [1, *own["patch"]], "reeltime": own}
     if own["text_len"]:
         config["text_len"] = own["text_len"]
+    if net.quality.linear is not None:
+        config["quality"] = asdict(net.quality)
     (folder / "config.json").write_text(json.dumps(config, indent=1))

@@ -31,6 +31,13 @@ from .layout import StreamLayout
 
 PASSES = ("intermediate", "noisy", "final", "cache")
 
+# How keys and values are stored: the format of rope_kv.make_cache, and the dtype of values in it.
+KV_FORMATS: dict[str, tuple[str, torch.dtype | None]] = {
+    "plain": ("plain", None),
+    "int8, v fp16": ("int8", torch.float16),
+    "int8, v fp8": ("int8", torch.float8_e4m3fn),
+}
+
 
 @dataclass
 class Plan:
@@ -53,6 +60,7 @@ class StreamMemory:
         batch: streams side by side.
         rope_on_cache: store raw keys and rotate the whole window on every pass (the published
             way) instead of moving the query.
+        kv_format: one of `KV_FORMATS`; "plain" stores keys and values as `dtype`.
         backend: kernel backend of rope_kv and attention.
     """
 
@@ -64,6 +72,7 @@ class StreamMemory:
         batch: int = 1,
         *,
         rope_on_cache: bool = False,
+        kv_format: str = "plain",
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -74,6 +83,17 @@ class StreamMemory:
             raise ValueError(
                 "rope_on_cache: expected False with sparse-linear attention, got True. Summaries "
                 "of rotated keys are cached, so the query is moved instead."
+            )
+        if kv_format not in KV_FORMATS:
+            raise ValueError(
+                f"kv_format: expected one of {', '.join(map(repr, KV_FORMATS))}, got {kv_format!r}"
+            )
+        self.kv_format = kv_format
+        format, values = KV_FORMATS[kv_format]
+        if rope_on_cache and format != "plain":
+            raise ValueError(
+                f"rope_on_cache: expected False with kv_format {kv_format!r}, got True. Keys in 8 "
+                "bits are scored as they are stored, so the query is moved instead."
             )
         self.kept = layout.window - layout.chunk - layout.capacity("history")
         self.history = layout.capacity("history")
@@ -89,9 +109,10 @@ class StreamMemory:
                 tokens,
                 config.num_heads,
                 config.head_dim,
-                dtype=dtype,
+                format=format,
+                dtype=dtype if values is None else values,
                 device=device,
-                summaries=config.sla is not None,
+                summaries=config.sla.summaries if config.sla else None,
                 phi=config.sla.phi if config.sla else "softmax",
             )
             for _ in range(config.num_layers)
@@ -185,16 +206,24 @@ class StreamMemory:
             k, v, cache, plan.write_slots, table=plan.key_table, norm_weight=attn.norm_k.weight,
             **common,
         )  # fmt: skip
-        rotated = rope_kv.query(q, plan.query_table, norm_weight=attn.norm_q.weight, **common)
+        sparse = self.config.sla
+        low = cache.format == "int8" and sparse is None  # segment_sla rounds its query itself
+        query = rope_kv.query(
+            q, plan.query_table, norm_weight=attn.norm_q.weight,
+            quantize="int8" if low else None, **common,
+        )  # fmt: skip
+        rotated, q_int8, q_scale = query if low else (query, None, None)
         table = plan.block_table
         if plan.cache_table is not None:
             cache, table = self._rotate_window(cache, plan)
         where = (rotated, cache, table, plan.offset_index)
-        if (sparse := self.config.sla) is not None:
+        if sparse is not None:
             return sla.segment_sla(
                 *where, topk=sparse.topk, over=sparse.over, backend=self.backend, **attn.projection
             ).flatten(2)
-        out = attention.segment_attention(*where, backend=self.backend)
+        out = attention.segment_attention(
+            *where, q_int8=q_int8, q_scale=q_scale, backend=self.backend
+        )
         return cast(Tensor, out).flatten(2)  # no lse was asked for
 
     def _rotate_window(self, cache: rope_kv.KVCache, plan: Plan) -> tuple[rope_kv.KVCache, Tensor]:

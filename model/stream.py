@@ -11,40 +11,66 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .codec import ConvCodec
-from .kv_cache import Plan, StreamMemory
+from .kv_cache import StreamMemory
 from .layout import StreamLayout
-from .sampler import add_noise, timesteps, to_x0
-from .transformer import CausalTransformer, Context
+from .sampler import timesteps
+from .step import Step
+from .transformer import CausalTransformer
 
 PHASES = ("encode", "denoise", "cache_pass", "decode")
 
 
-@dataclass
 class PhaseClock:
-    """Milliseconds per chunk and phase, of the most recent chunks (memory stays constant)."""
+    """Milliseconds per chunk and phase, of the most recent chunks (memory stays constant).
 
-    keep: int = 4096
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    On a GPU they are taken between events of its own: nothing waits for a phase to end.
+    """
 
-    def __post_init__(self) -> None:
-        self.ms: dict[str, deque[float]] = {p: deque(maxlen=self.keep) for p in PHASES}
+    def __init__(
+        self, device: torch.device, phases: tuple[str, ...] = PHASES, keep: int = 4096
+    ) -> None:
+        self.device = device
+        self._ms: dict[str, deque[float]] = {p: deque(maxlen=keep) for p in phases}
+        self._pending: deque[tuple[str, Any, Any]] = deque()  # phases that the GPU may still be at
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = self._now()
         yield
-        self.ms[name].append(1e3 * (self._now() - start))
+        self._pending.append((name, start, self._now()))
+        self._settle(wait=False)
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":  # between passes, never inside one
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    @property
+    def ms(self) -> dict[str, deque[float]]:
+        """By phase; waits for those that the GPU is still at."""
+        self._settle(wait=True)
+        return self._ms
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _settle(self, wait: bool) -> None:
+        while self._pending:
+            name, start, end = self._pending[0]
+            if self.device.type != "cuda":
+                ms = 1e3 * (end - start)
+            elif wait or end.query():
+                end.synchronize()
+                ms = start.elapsed_time(end)
+            else:
+                return
+            self._ms[name].append(ms)
+            self._pending.popleft()
 
 
 class Stream:
@@ -57,6 +83,9 @@ class Stream:
         seed: of the noise; same seed, same frames.
         batch: streams side by side.
         rope_on_cache: rotate the whole window on every pass instead of moving the query.
+        kv_format: how keys and values are stored, one of `kv_cache.KV_FORMATS`; None: as the
+            transformer's quality level says.
+        capture: on a GPU, replay captured graphs.
         backend: kernel backend.
     """
 
@@ -70,19 +99,22 @@ class Stream:
         seed: int = 0,
         batch: int = 1,
         rope_on_cache: bool = False,
+        kv_format: str | None = None,
+        capture: bool = True,
         backend: str = "auto",
     ) -> None:
         config = transformer.config
         self.transformer, self.codec, self.layout = transformer.eval(), codec.eval(), layout
         self.timesteps = timesteps(steps, config.shift)
         self.batch, self.backend, self.rope_on_cache = batch, backend, rope_on_cache
+        self.kv_format = kv_format or transformer.quality.kv_format
+        self.capture = capture
         weight = transformer.patch_embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.noise = torch.Generator(self.device).manual_seed(seed)
-        self.clock = PhaseClock(device=self.device)
+        self.clock = PhaseClock(self.device)
         self.memory: StreamMemory | None = None
-        # The noisy cache comes from an intermediate step, so it is never the last one.
-        self.noisy_step = min(layout.noisy_step, steps - 2)
+        self.step: Step | None = None
 
     @torch.inference_mode()
     def start(self, picture: Tensor, context: Tensor) -> None:
@@ -100,61 +132,72 @@ class Stream:
     @torch.inference_mode()
     def start_from_latents(self, latents: Tensor, context: Tensor) -> None:
         """As `start`, from the picture's latents [B, 1, C, h, w]."""
-        config = self.transformer.config
         if latents.shape[0] != self.batch:
             raise ValueError(f"picture: expected a batch of {self.batch}, got {latents.shape[0]}")
-        self.shape = latents.shape[2:]
-        grid = (self.shape[1] // config.patch[0], self.shape[2] // config.patch[1])
+        if self.step is None or self.step.size != latents.shape[2:]:
+            self._prepare(tuple(latents.shape[2:]))
+        memory = self.memory
+        assert memory is not None
+        memory.position.zero_()
+        plans = memory.make_plans(frames=1)
+        embedded = self.transformer.embed_context(context.to(self.dtype), self.backend)
+        kinds = ["cache"]
+        if self.layout.twin and not memory.kept:  # the picture is history: both caches
+            kinds = ["noisy", "cache"]
+        times = torch.zeros(latents.shape[:2], dtype=torch.float64, device=self.device)
+        for kind in kinds:
+            memory.plan = plans[kind]
+            self.transformer(latents, times, embedded, memory, backend=self.backend)
+        memory.position += 1
+
+    def _prepare(self, size: tuple[int, int, int]) -> None:
+        """Memory and step for latent frames [C, h, w] of this size."""
+        config = self.transformer.config
         self.memory = StreamMemory(
             config,
             self.layout,
-            grid,
+            (size[1] // config.patch[0], size[2] // config.patch[1]),
             self.batch,
             rope_on_cache=self.rope_on_cache,
+            kv_format=self.kv_format,
             backend=self.backend,
             dtype=self.dtype,
             device=self.device,
         )
-        plans = self.memory.make_plans(frames=1)
-        embedded = self.transformer.embed_context(context.to(self.dtype), self.backend)
-        kinds = ["cache"]
-        if self.layout.twin and not self.memory.kept:  # the picture is history: both caches
-            kinds = ["noisy", "cache"]
-        for kind in kinds:
-            self._forward(latents, 0.0, embedded, plans[kind])
-        self.memory.position += 1
-
-    def _forward(self, x: Tensor, t: float, context: Context, plan: Plan) -> Tensor:
-        assert self.memory is not None
-        self.memory.plan = plan
-        times = torch.full(x.shape[:2], t, dtype=torch.float64, device=self.device)
-        return self.transformer(x, times, context, self.memory, backend=self.backend)
+        self.step = Step(self.transformer, self.memory, size, self.timesteps, backend=self.backend)
 
     def _noise(self) -> Tensor:
-        shape = (self.batch, self.layout.chunk, *self.shape)
+        assert self.step is not None
+        shape = self.step.latents.shape
         return torch.randn(shape, generator=self.noise, device=self.device, dtype=self.dtype)
 
     @torch.inference_mode()
-    def next_latents(self, context: Tensor) -> Tensor:
-        """Generate a chunk: context [B, chunk or 1, L, text_dim] -> x0 [B, chunk, C, h, w]."""
-        if self.memory is None:
+    def next_latents(self, context: Tensor | None = None) -> Tensor:
+        """Generate a chunk.
+
+        Args:
+            context: [B, chunk or 1, L, text_dim]; None: as for the chunk before.
+        Returns:
+            x0 [B, chunk, C, h, w].
+        """
+        step = self.step
+        if step is None:
             raise RuntimeError("Stream: call start() with a picture first")
-        config = self.transformer.config
         with self.clock.phase("denoise"):
-            embedded = self.transformer.embed_context(context.to(self.dtype), self.backend)
-            plans = self.memory.make_plans()
-            x = self._noise()
-            last = len(self.timesteps) - 1
-            for i, t in enumerate(self.timesteps):
-                kind = "noisy" if i == self.noisy_step else "intermediate"
-                output = self._forward(x, t, embedded, plans["final" if i == last else kind])
-                x = to_x0(output, x, t / 1000, config.prediction)
-                if i < last:
-                    x = add_noise(x, self._noise(), self.timesteps[i + 1] / 1000)
+            if context is not None:
+                step.condition(context)
+            if self.capture:
+                step.capture()
+            step.plan()
+            step.latents.copy_(self._noise())
+            last = len(step.passes) - 2
+            for index in range(last):
+                step.noise.copy_(self._noise())
+                step.run(index)
+            step.run(last)
         with self.clock.phase("cache_pass"):
-            self._forward(x, 0.0, embedded, plans["cache"])
-            self.memory.position += self.layout.chunk
-        return x
+            step.run(last + 1)
+        return step.latents.to(self.dtype, copy=True)
 
     @torch.inference_mode()
     def next_frames(self, context: Tensor) -> Tensor:

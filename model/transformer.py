@@ -7,8 +7,9 @@ For tokens x of a chunk, timestep embedding e (six vectors per latent frame) and
     x = x + cross_attention(LN_affine(x), c)
     x = x + e5 * mlp(LN(x) * (1 + e4) + e3)
 
-Each residual addition is fused with the norm that follows it (`norm.gated_residual_norm`).  The
-memory decides what self-attention sees: a dense sequence (training, oracle) or the stream's cache.
+Each residual addition is fused with what stands beside it: with the norm that follows, or, behind a
+layer in 8 bits, with the product before.  The memory decides what self-attention sees: a dense
+sequence (training, oracle) or the stream's cache.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reeltime import norm
-
 from .config import ModelConfig
 from .layers import (
     CrossAttention,
     FeedForward,
     ImageEmbedding,
     SelfAttention,
+    Update,
+    add_norm,
     linear_patches,
     patchify,
     sinusoid,
     unpatchify,
 )
+from .quality import QUALITIES
 
 Context = list[tuple[Tensor, ...]]  # cross-attention keys and values of every layer
 
@@ -57,27 +59,24 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, L, C] residual stream
-        update: tuple[Tensor, Tensor] | None,  # (h, gate) that the previous block left to add
+        update: Update | None,  # what the previous block left to add
         e: Tensor,  # [B, F, 6, C]
         context: tuple[Tensor, ...],
         memory: Memory,
         layer: int,
         backend: str,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, Update | None]:
         e0, e1, e2, e3, e4, e5 = (self.modulation[:, None] + e).unbind(2)  # (B, F, C) each
-        modulate: dict[str, Any] = {"eps": self.eps, "backend": backend}
-        if update is None:
-            y = norm.norm(x, scale=e1, shift=e0, **modulate)
-        else:
-            x, y = norm.gated_residual_norm(x, *update, scale=e1, shift=e0, **modulate)
-        attn = self.self_attn
-        a = attn.o(memory.attend(layer, attn.q(y), attn.k(y), attn.v(y), attn))
-        x, y = norm.gated_residual_norm(
-            x, a, e2, weight=self.norm3.weight, bias=self.norm3.bias, **modulate
-        )
-        c = self.cross_attn(y, context, backend)
-        x, y = norm.gated_residual_norm(x, c, None, scale=e4, shift=e3, **modulate)
-        return x, (self.ffn(y), e5)
+        attn, cross, ffn = self.self_attn, self.cross_attn, self.ffn
+        common: dict[str, Any] = {"eps": self.eps, "backend": backend}
+        x, y = add_norm(x, update, scale=e1, shift=e0, quantize=attn.takes, **common)
+        q, k, v = attn.project(y, backend)
+        x, update = attn.o.add(x, memory.attend(layer, q, k, v, attn), e2, backend)
+        affine = {"weight": self.norm3.weight, "bias": self.norm3.bias}
+        x, y = add_norm(x, update, quantize=cross.takes, **affine, **common)
+        x, update = cross.add(x, y, context, backend)
+        x, y = add_norm(x, update, scale=e4, shift=e3, quantize=ffn.takes, **common)
+        return ffn.add(x, y, e5, backend)
 
 
 class Head(nn.Module):
@@ -94,6 +93,7 @@ class CausalTransformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config, d = config, config.dim
+        self.quality = QUALITIES["bf16"]  # quality.quantize and load_checkpoint bring it to others
         self.patch_embedding = nn.Conv3d(
             config.in_channels, d, (1, *config.patch), (1, *config.patch)
         )
@@ -159,18 +159,17 @@ class CausalTransformer(nn.Module):
         grid = (latents.shape[3] // p, latents.shape[4] // q)
         dtype = self.patch_embedding.weight.dtype
         x = linear_patches(
-            self.patch_embedding.weight, self.patch_embedding.bias, patchify(latents, config.patch)
+            self.patch_embedding.weight,
+            self.patch_embedding.bias,
+            patchify(latents.to(dtype), config.patch),
         )  # (B, L, d)
         embedded = self.time_embedding(sinusoid(timesteps, config.freq_dim).to(dtype))  # (B, F, d)
         e = self.time_projection(embedded).unflatten(-1, (6, -1))  # (B, F, 6, d)
-        update: tuple[Tensor, Tensor] | None = None
+        update: Update | None = None
         for layer, block in enumerate(self.blocks):
             x, update = block(x, update, e, context[layer], memory, layer, backend)
         shift, scale = (self.head.modulation[:, None] + embedded[:, :, None]).unbind(2)
-        assert update is not None, "a transformer has at least one block"
-        _, y = norm.gated_residual_norm(
-            x, *update, scale=scale, shift=shift, eps=config.eps, backend=backend
-        )
+        _, y = add_norm(x, update, scale=scale, shift=shift, eps=config.eps, backend=backend)
         return unpatchify(
             F.linear(y, self.head.head.weight, self.head.head.bias), frames, grid, config.patch
         )

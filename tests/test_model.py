@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reeltime.model.codec import CodecConfig, ConvCodec
-from reeltime.model.config import PRESETS, ModelConfig, preset
+from reeltime.model.config import PRESETS, ModelConfig, SparseLinear, preset
 from reeltime.model.kv_cache import DenseMemory, StreamMemory
 from reeltime.model.layers import patchify, unpatchify
 from reeltime.model.layout import LAYOUTS, Segment, StreamLayout, layout
@@ -40,9 +42,9 @@ def net() -> CausalTransformer:
     return randomised(CONFIG)
 
 
-def latents(frames: int, seed: int = 1, batch: int = 1) -> torch.Tensor:
+def latents(frames: int, seed: int = 1, batch: int = 1, grid=GRID) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, frames, 4, 2 * GRID[0], 2 * GRID[1], generator=g)
+    return torch.randn(batch, frames, 4, 2 * grid[0], 2 * grid[1], generator=g)
 
 
 def contexts(frames: int, seed: int = 2) -> torch.Tensor:
@@ -198,6 +200,25 @@ def test_noisy_history_comes_from_an_intermediate_step(net, steps, written):
     assert (noisy.flatten(1).abs().amax(1) > 0).all() == written
     assert (clean.flatten(1).abs().amax(1) > 0).all()
     assert (noisy - clean).abs().max() > 0.1
+
+
+def test_summaries_of_slots_stream_as_those_of_blocks(monkeypatch):
+    """Of two blocks, one of them ragged; each slot is written several times."""
+    config, grid, c = replace(CONFIG, sla=SparseLinear(0.3)), (7, 10), contexts(15)
+    net, clean, noisy = randomised(config), latents(13, grid=grid), latents(2, 5, grid=grid)
+    streams = {}
+    for kind, count in (("slot", 1), ("block", 2)):
+        monkeypatch.setattr(SparseLinear, "summaries", kind)
+        memory = StreamMemory(config, layout("vidu_s1", config), grid)
+        assert memory.caches[0].h.shape[2] == count
+        streams[kind] = stream_last_chunk(net, memory, clean, c, noisy)
+    assert streams["slot"].std() > 0.3
+    torch.testing.assert_close(streams["slot"], streams["block"], atol=TOLERANCE, rtol=0)
+
+
+def test_what_the_linear_branch_sums_is_what_a_cache_keeps():
+    kept = [SparseLinear(0.1, over).summaries for over in ("all", "unselected", "marginal")]
+    assert kept == ["slot", "block", "block"]
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
