@@ -25,6 +25,8 @@ class Card:
     arch: str  # its row of reeltime/arch.py
     gbps: float  # memory bandwidth
     l2_mb: float  # capacity of the L2 cache
+    memory_gb: float
+    link_gbps: float  # to another card, in one direction: NVLink, or PCIe
     watts: int  # board power
     tflops: Mapping[str, float]  # peaks(arch), or its own where it is another card of that arch
 
@@ -35,12 +37,12 @@ class Card:
 
 
 CARDS: tuple[Card, ...] = (
-    Card("A100", "NVIDIA A100-SXM4-80GB", "sm80", 2039, 40, 400, peaks("sm80")),
-    Card("RTX 4090", "NVIDIA GeForce RTX 4090", "sm89", 1008, 72, 450, peaks("sm89")),
-    Card("H100", "NVIDIA H100 80GB HBM3", "sm90", 3352, 50, 700, peaks("sm90")),
-    Card("H200", "NVIDIA H200", "sm90", 4800, 60, 700, peaks("sm90")),
-    Card("B200", "NVIDIA B200", "sm100", 8000, 126, 1000, peaks("sm100")),
-    Card("RTX 5090", "NVIDIA GeForce RTX 5090", "sm120", 1792, 96, 575, peaks("sm120")),
+    Card("A100", "NVIDIA A100-SXM4-80GB", "sm80", 2039, 40, 80, 300, 400, peaks("sm80")),
+    Card("RTX 4090", "NVIDIA GeForce RTX 4090", "sm89", 1008, 72, 24, 32, 450, peaks("sm89")),
+    Card("H100", "NVIDIA H100 80GB HBM3", "sm90", 3352, 50, 80, 450, 700, peaks("sm90")),
+    Card("H200", "NVIDIA H200", "sm90", 4800, 60, 141, 450, 700, peaks("sm90")),
+    Card("B200", "NVIDIA B200", "sm100", 8000, 126, 180, 900, 1000, peaks("sm100")),
+    Card("RTX 5090", "NVIDIA GeForce RTX 5090", "sm120", 1792, 96, 32, 64, 575, peaks("sm120")),
 )
 
 

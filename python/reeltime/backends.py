@@ -126,11 +126,14 @@ def unwatched(x: Tensor) -> bool:
     ) and type(x) in (Tensor, torch.nn.Parameter)
 
 
-@torch.compiler.assume_constant_result
 def load(family: str, backend: str, op: str) -> bool:
     """Import reeltime.<family>.<backend>, which adds its kernels; whether `op` has one then."""
     importlib.import_module(f"reeltime.{family}.{backend}")
     return backend in OPS[op].kernels
+
+
+# As torch.compiler.assume_constant_result does, which would import dynamo, for a second
+load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 LIBRARY = torch.library.Library("reeltime", "DEF")

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import reeltime
-from reeltime import _C, cli_bench, cli_check, cli_port, cli_stream
+from reeltime import _C, cli_bench, cli_check, cli_plan, cli_port, cli_profile, cli_stream
 from reeltime.arch import ARCHS, UnsupportedArchError, lookup
 
 # What a user can mend: reported in one line.  Anything else is a bug.
@@ -35,6 +35,8 @@ cli_stream.register(app)
 cli_check.register(app)
 cli_port.register(app)
 cli_bench.register(app)
+cli_plan.register(app)
+cli_profile.register(app)
 
 
 def build_facts() -> dict[str, Any]:
