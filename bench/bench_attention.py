@@ -92,7 +92,7 @@ def segments(sizes: Sizes, values: str | None) -> Case:
     qk = "int8" if values else None
 
     def make(device: torch.device, seed: int) -> Inputs:
-        return cached.window(device, seed, sizes, values, summaries=False)
+        return cached.window(device, seed, sizes, values, summaries=None)
 
     def run(inputs: Inputs, backend: str) -> Any:
         return attention.segment_attention(**inputs, backend=backend)

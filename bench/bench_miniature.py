@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judge the miniature: quality against the renderer, a long stream, ablations, speed.
 
-    python -m reeltime.bench.bench_miniature                  # about 20 minutes on two CPU cores
+    python -m reeltime.bench.bench_miniature                  # 20 minutes on two CPU cores, and
+                                                              # 25 of one for `formats`
     python -m reeltime.bench.bench_miniature --quick          # a minute, too short to judge
     python -m reeltime.bench.bench_miniature --resume --update-readme
 
@@ -32,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from reeltime.bench import miniature_formats
 from reeltime.model.codec import ConvCodec
 from reeltime.model.layout import Segment as LayoutSegment
 from reeltime.model.layout import StreamLayout, layout
@@ -53,6 +55,7 @@ from reeltime.model.miniature.metrics import (
     VideoScore,
     decibels,
     drift,
+    frame_mse,
 )
 from reeltime.model.stream import PHASES, Stream
 from reeltime.model.transformer import CausalTransformer
@@ -70,7 +73,7 @@ LONG_SEED, SHOWN_SEED, ABLATION_SEED = (FIRST_SEED + k * 10**6 for k in (1, 2, 3
 GROUP = 4  # people per batch: measured fastest on two cores
 FRAMES = 8  # video frames per chunk
 SWITCH = (5, 7)  # chunks between instructions, 1.6 to 2.2 s
-EXPERIMENTS = ("speed", "main", "codec", "picture", "long", "ablations")
+EXPERIMENTS = ("speed", "main", "codec", "picture", "long", "formats", "ablations")
 SHOWN = ("neutral", "turn left", "turn right", "look up", "tilt left", "smile", "close eyes",
          "raise brows", "raise hand", "nod")  # fmt: skip
 MARKERS = ("<!-- miniature:begin -->", "<!-- miniature:end -->")
@@ -229,8 +232,10 @@ class Variant:
     layout: StreamLayout
     steps: int = 3
     rope_on_cache: bool = False
+    kv_format: str = "plain"  # of the cache; 8-bit keys are scored by an 8-bit query
     sparsity: int = 0  # percent of key blocks left to the linear branch of sparse attention
-    tuned: bool = True  # with the adapter that was trained for it
+    tuned: bool = True  # with an adapter
+    adapter: int = 0  # the sparsity that it was trained for, where it is another
     noisy_only: bool = False  # the last step reads the noisy cache too
 
 
@@ -261,6 +266,18 @@ def variants(config: Any) -> dict[str, Variant]:
     }
 
 
+def formats(config: Any) -> dict[str, Variant]:
+    """The default again, its attention otherwise."""
+    base = layout("vidu_s1", config)
+    return {
+        "INT8 QK, FP16 values": Variant(base, kv_format="int8, v fp16"),
+        "INT8 QK, FP8 values": Variant(base, kv_format="int8, v fp8"),
+        "SLA, 50% sparse": Variant(base, sparsity=50),
+        "SLA, 75% sparse, adapter of 50%": Variant(base, sparsity=75, adapter=50),
+        "SLA, 90% sparse": Variant(base, sparsity=90),
+    }
+
+
 def open_stream(
     model: tuple[CausalTransformer, ConvCodec], variant: Variant, actors: list[Actor]
 ) -> Stream:
@@ -272,6 +289,7 @@ def open_stream(
         seed=actors[0].seed % 2**31,
         batch=len(actors),
         rope_on_cache=variant.rope_on_cache,
+        kv_format=variant.kv_format,
     )
     rest = torch.from_numpy(picture_tokens()).expand(len(actors), -1, -1, -1)
     stream.start(torch.from_numpy(np.stack([a.picture for a in actors])), rest)
@@ -319,7 +337,8 @@ class Bench:
         if not variant.sparsity:
             return self.model
         transformer, codec = self.model
-        adapter = self.folder / f"sla-{variant.sparsity}.safetensors" if variant.tuned else None
+        name = f"sla-{variant.adapter or variant.sparsity}.safetensors"
+        adapter = self.folder / name if variant.tuned else None
         return weights.sparse(transformer, variant.sparsity, adapter), codec
 
     def save(self) -> None:
@@ -385,16 +404,23 @@ class Bench:
                    lambda actors: codec_only(self.model[1]), 1,
                    self.results.setdefault("codec", []))  # fmt: skip
 
+    def forget_other_adapters(self) -> None:
+        """Rows of other adapters than those in the folder do not count."""
+        found = {path.stem: fingerprint(self.folder, path.stem)
+                 for path in sorted(self.folder.glob("sla-*.safetensors"))}  # fmt: skip
+        known, self.results["adapter_weights"] = self.results.get("adapter_weights", {}), found
+        config = self.model[0].config
+        for part, made in (("ablations", variants(config)), ("formats", formats(config))):
+            for name, variant in made.items():
+                adapter = f"sla-{variant.adapter or variant.sparsity}"
+                if variant.tuned and known.get(adapter) != found.get(adapter):
+                    self.results.get(part, {}).pop(name, None)
+
     def ablations(self, bar: Progress) -> None:
         seeds = [ABLATION_SEED + i for i in range(self.settings["ablation_people"])]
         table = self.results.setdefault("ablations", {})
         everything = variants(self.model[0].config)
-        adapters = fingerprint(self.folder, "sla-*")
-        if self.results.get("adapters") != adapters:  # rows of other adapters do not count
-            for name, variant in everything.items():
-                if variant.sparsity:
-                    table.pop(name, None)
-            self.results["adapters"] = adapters
+        self.forget_other_adapters()
         for name, variant in everything.items():
             model = self.model_of(variant)
 
@@ -416,16 +442,14 @@ class Bench:
                              [actor])  # fmt: skip
         task = bar.add_task("long stream", total=FRAMES * chunks)
         memory: list[float] = []
-        warmup = min(100, FRAMES * chunks // 10)  # a short run has a short beginning and end
-        span = min(1000, (FRAMES * chunks - warmup) // 2)
+        warmup, span = ends(FRAMES * chunks)
 
         def result(judge: Judge, complete: bool) -> dict[str, Any]:
             mse = judge.video.mse
-            whole = mse[: len(mse) // 100 * 100].reshape(-1, 100).mean(axis=1)
             out = {
                 "complete": complete,
                 "frames": len(mse),
-                "psnr_per_100_frames": [round(decibels(m), 3) for m in whole],
+                "psnr_per_100_frames": [round(decibels(m), 3) for m in per_100(mse)],
                 "peak_memory_mb": [round(m, 1) for m in memory],
                 "cache_mb": stream.memory.nbytes / 1e6 if stream.memory else None,
             }
@@ -445,6 +469,56 @@ class Bench:
 
         judges = perform(playing(stream), [actor], chunks, 3, lambda n: bar.advance(task, n), watch)
         self.results["long"] = result(judges[0], complete=True)
+
+    def formats(self, bar: Progress) -> None:
+        """The long stream with its attention otherwise, frame by frame beside the dense one."""
+        chunks = self.settings["long_frames"] // FRAMES
+        table = self.results.setdefault("formats", {})
+        self.forget_other_adapters()
+        config = self.model[0].config
+        missing = {k: v for k, v in formats(config).items() if k not in table}
+        if not chunks or not missing:
+            return
+        actor = Actor(LONG_SEED, chunks)
+        stream = open_stream(self.model, next(iter(variants(config).values())), [actor])
+        task = bar.add_task("dense float32", total=FRAMES * chunks)
+        dense = []
+        for _ in range(chunks):
+            tokens = torch.from_numpy(actor.next_chunk()[0])[None]
+            dense.append(stream.next_frames(tokens).numpy()[0])
+            bar.advance(task, FRAMES)
+        for name, variant in missing.items():
+            table[name] = self.beside(bar, name, variant, dense)
+            self.save()
+
+    def beside(
+        self, bar: Progress, name: str, variant: Variant, dense: list[np.ndarray]
+    ) -> dict[str, Any]:
+        """A whole stream of `variant`, and what each frame of it loses against the dense one's."""
+        actor = Actor(LONG_SEED, len(dense))
+        stream = open_stream(self.model_of(variant), variant, [actor])
+        moved, right = [], []  # squared error of these frames from dense ones, of those from truth
+
+        def watch(chunk: int, _: list[Judge], frames: np.ndarray, truth: np.ndarray) -> None:
+            moved.append(frame_mse(frames[0], dense[chunk]))
+            right.append(frame_mse(dense[chunk], truth[0]))
+
+        task = bar.add_task(name, total=FRAMES * len(dense))
+        judge = perform(
+            playing(stream), [actor], len(dense), 3, lambda n: bar.advance(task, n), watch
+        )[0]
+        mse, moved_by, of_dense = judge.video.mse, np.concatenate(moved), np.concatenate(right)
+        lost = miniature_formats.loss(mse, of_dense)
+        warmup, span = ends(len(mse))
+        return {
+            **judge.row(),
+            "psnr_dense": decibels(of_dense),
+            "psnr_beside_dense": min(decibels(moved_by), 100.0),
+            "drift": drift(mse, warmup, span),
+            "lost": miniature_formats.spread(lost),
+            "lost_per_100_frames": [round(float(x), 3) for x in per_100(lost)],
+            "cache_mb": stream.memory.nbytes / 1e6 if stream.memory else None,
+        }
 
     def speed(self, bar: Progress) -> None:
         """One stream and nothing else: milliseconds per chunk, by phase."""
@@ -502,6 +576,17 @@ class Bench:
         times = [FRAMES * c / FPS for c in sorted(picked)]
         generated, truth = (np.stack(v, axis=1) for v in zip(*shown, strict=True))
         draw_film(self.pictures / "miniature.png", generated, truth, SHOWN, times)
+
+
+def ends(frames: int) -> tuple[int, int]:
+    """Frames before the beginning of a stream counts, and frames of its beginning and its end."""
+    warmup = min(100, frames // 10)  # a short run has a short beginning and end
+    return warmup, min(1000, (frames - warmup) // 2)
+
+
+def per_100(values: np.ndarray) -> np.ndarray:
+    """Means of every hundred values; what is left over is not counted."""
+    return values[: len(values) // 100 * 100].reshape(-1, 100).mean(axis=1)
 
 
 def chunks_of(seconds: float) -> int:
@@ -625,17 +710,17 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def update_readme(readme: Path, text: str) -> None:
+def update_readme(readme: Path, text: str, markers: tuple[str, str] = MARKERS) -> None:
     """Replace what stands between the markers.
 
     Raises:
         ValueError: the markers are not there, or not in order.
     """
     page = readme.read_text()
-    begin, end = (page.find(marker) for marker in MARKERS)
+    begin, end = (page.find(marker) for marker in markers)
     if begin < 0 or end < begin:
-        raise ValueError(f"readme: expected {' ... '.join(MARKERS)} in {readme}")
-    readme.write_text(f"{page[: begin + len(MARKERS[0])]}\n{text}\n{page[end:]}")
+        raise ValueError(f"readme: expected {' ... '.join(markers)} in {readme}")
+    readme.write_text(f"{page[: begin + len(markers[0])]}\n{text}\n{page[end:]}")
 
 
 def show(results: dict[str, Any], judged: bool) -> None:
@@ -772,7 +857,10 @@ def main(
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: PyTorch's choice.")] = 0,
     resume: Annotated[bool, typer.Option(help="Keep what an earlier run has finished.")] = False,
     update_page: Annotated[
-        bool, typer.Option("--update-readme", help="Rewrite the tables in README.md.")
+        bool,
+        typer.Option(
+            "--update-readme", help="Rewrite the tables in README.md and docs/miniature.md."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results on stdout.")] = False,
 ) -> None:
@@ -819,8 +907,15 @@ def main(
         draw_curves(pictures / "miniature_curves.png", bench.results)
         text = markdown(bench.results)
         out.with_suffix(".md").write_text(text + "\n")
+        done = bench.results.get("formats", {})
+        rows = {name: done[name] for name in formats(model[0].config) if name in done}
+        if rows:
+            miniature_formats.draw(pictures / "miniature_formats.png", rows)
         if update_page:
             update_readme(Path("README.md"), text)
+            if rows and bench.results.get("long", {}).get("complete"):
+                table = miniature_formats.markdown(bench.results["long"], rows)
+                update_readme(Path("docs/miniature.md"), table, miniature_formats.MARKERS)
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(2) from error

@@ -28,7 +28,11 @@ def table(device: torch.device, tokens: Tokens, D: int, *first: int) -> Tensor:
 
 
 def empty(
-    device: torch.device, tokens: Tokens, model: ModelConfig, values: str | None, summaries: bool
+    device: torch.device,
+    tokens: Tokens,
+    model: ModelConfig,
+    values: str | None,
+    summaries: str | None,
 ) -> KVCache:
     """A slot per frame.  values: None for bf16 keys and values, otherwise INT8 keys and these."""
     return rope_kv.make_cache(
@@ -52,7 +56,7 @@ def projections(draw: Draw, tokens: Tokens, model: ModelConfig) -> Inputs:
 
 
 def window(
-    device: torch.device, seed: int, sizes: Sizes, values: str | None, summaries: bool
+    device: torch.device, seed: int, sizes: Sizes, values: str | None, summaries: str | None
 ) -> Inputs:
     """A full cache, two rotations of a chunk's query, and the lists that say who sees what."""
     draw, model = Draw(device, seed), sizes.heads

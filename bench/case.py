@@ -85,6 +85,7 @@ class Case:
     run: Callable[[Inputs, str], Any]  # (inputs, backend); what it writes in place is its result
     judge: Callable[[Inputs, Any], Iterator[Judged]]  # (inputs, results)
     peers: tuple[Peer, ...] = ()
+    captured: bool = False  # `run` replays graphs of its own, on a working set past any cache
 
     @property
     def label(self) -> str:

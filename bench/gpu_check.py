@@ -127,6 +127,8 @@ def stages(root: Path, out: Path, commit: str | None, in_git: bool) -> list[Stag
     for family in FAMILIES:
         timed = (*reeltime, "bench", family, "--shapes", "dit", "--device", "cuda", *kept)
         found.append(Stage(f"bench-{family}", f"bench-{family}", timed, 100))
+    timed = (*reeltime, "bench", "step", "--shapes", "tiny", "--device", "cuda", *kept)
+    found.append(Stage("bench-step", "bench-step", timed, 100))
     return found
 
 

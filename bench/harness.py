@@ -23,9 +23,10 @@ from reeltime.bench.ceilings import Ceilings, measured
 from reeltime.bench.rows import Row, ceilings_of, conditions, device_name
 from reeltime.bench.sensors import Reading, Sensors
 from reeltime.bench.shapes import DIT, TINY, Sizes
-from reeltime.bench.timing import Graph, Times, copies_past_cache, on_host
+from reeltime.bench.timing import Graph, Replays, Times, copies_past_cache, on_host
 
 TIMED = backends.BACKENDS[1:]  # which of them "auto" would take is no property of a kernel
+STEP = "step"  # every family at once, on what "auto" takes for each op
 LONGEST_ERROR = 400  # characters
 Judge = Callable[[Inputs, Any], Iterator[Judged]]
 
@@ -39,9 +40,11 @@ def cases(family: str, sizes: Sizes) -> list[Case]:
     return list(import_module(f"reeltime.bench.bench_{family}").cases(sizes))
 
 
-def wanted(device: torch.device) -> tuple[str, ...]:
+def wanted(device: torch.device, family: str = "") -> tuple[str, ...]:
     """What is timed by default: kernels of ours, and where none runs the reference."""
-    return ("triton", "cuda") if device.type == "cuda" else ("reference",)
+    if device.type != "cuda":
+        return ("reference",)
+    return ("auto",) if family == STEP else ("triton", "cuda")
 
 
 def plan(
@@ -60,9 +63,11 @@ def plan(
     served: dict[str, list[str]] = {}
     refused = []
     for family in families:
-        for name in wanted(device) if backend is None else (backend,):
+        for name in wanted(device, family) if backend is None else (backend,):
             try:
-                served.setdefault(family, []).append(backends.resolve(family, name, device))
+                if family != STEP:
+                    backends.resolve(family, name, device)
+                served.setdefault(family, []).append(name)
             except UnsupportedArchError as error:
                 refused.append(error)
     if not served:
@@ -122,7 +127,8 @@ class Run:
         Raises:
             UnsupportedArchError: the backend refuses the case by design.
         """
-        backends.OPS[case.op]  # a misspelt op is a mistake in the benchmark
+        if case.family != STEP:
+            backends.OPS[case.op]  # a misspelt op is a mistake in the benchmark
         with torch.no_grad():
             ours = self.ours(case, backend)
             fresh = [peer for peer in case.peers if peer.key not in self.peers]
@@ -157,7 +163,8 @@ class Run:
         if self.broken:
             return replace(row, error=f"not run: the GPU failed in {self.broken}")
         try:
-            times, reading = self.measure(work.make, call, judge)
+            captured = isinstance(work, Case) and work.captured
+            times, reading = self.measure(work.make, call, judge, captured)
         except UnsupportedArchError:
             raise
         except Exception as error:  # noqa: BLE001  whatever a kernel raises is its row's error
@@ -184,6 +191,7 @@ class Run:
         make: Callable[[torch.device, int], Inputs],
         call: Callable[[Inputs], Any],
         judge: Judge | None,
+        captured: bool = False,
     ) -> tuple[Times, Reading]:
         inputs = make(self.device, 0)
         result = call(inputs)
@@ -191,6 +199,14 @@ class Run:
             if judge is not None:
                 verify(judge(inputs, result))
             return on_host(lambda i: call(inputs)), Reading()
+        readings: list[Reading] = []
+        if captured:
+            if judge is not None:
+                verify(judge(inputs, result))
+            times = Replays(lambda i: call(inputs), self.device).time(
+                lambda: readings.append(self.sensors.read())
+            )
+            return times, readings[0]
         size = nbytes(inputs, result)
         del result
         torch.cuda.empty_cache()
@@ -201,7 +217,6 @@ class Run:
             poison(graph.results[0])
             graph.replay()
             verify(judge(inputs, graph.results[0]))
-        readings: list[Reading] = []
         times = graph.time(lambda: readings.append(self.sensors.read()))
         return times, readings[0]
 

@@ -83,6 +83,9 @@ class Graph:
             for n in range(calls):
                 self.results[n % self.copies] = self.call(n % self.copies)
 
+    def once(self) -> None:
+        self.graph.replay()
+
     def replay(self, times: int = 1) -> float:
         """Microseconds per replay, after whatever the current stream has been given."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -90,7 +93,7 @@ class Graph:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(times):
-                self.graph.replay()
+                self.once()
             end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e3 / times
@@ -109,10 +112,24 @@ class Graph:
         with torch.cuda.stream(self.stream):
             marks[0].record()
             for mark in marks[1:]:
-                self.graph.replay()
+                self.once()
                 mark.record()
         if meanwhile is not None:
             meanwhile()
         marks[-1].synchronize()
         pairs = zip(marks, marks[1:], strict=False)
         return quantiles([a.elapsed_time(b) * 1e3 / self.calls for a, b in pairs])
+
+
+class Replays(Graph):
+    """Calls that replay graphs of their own, one after another, as a stream does."""
+
+    def __init__(self, call: Call, device: torch.device) -> None:
+        super().__init__(call, 1, device)
+
+    def capture(self, calls: int) -> None:
+        self.calls = calls
+
+    def once(self) -> None:
+        for _ in range(self.calls):
+            self.call(0)

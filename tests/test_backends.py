@@ -35,12 +35,14 @@ def table(*lead: int) -> Tensor:
     return rope_kv.rope_table(torch.arange(2).expand(*lead, 2), (2, 3), 8)
 
 
-def cache(format: str, dtype: torch.dtype | None = None) -> rope_kv.KVCache:
+def cache(
+    format: str, dtype: torch.dtype | None = None, tokens: int = 6, summaries: str = "block"
+) -> rope_kv.KVCache:
     frames = 3
-    c = rope_kv.make_cache(1, frames, 6, 2, 8, format=format, dtype=dtype, summaries=True)
+    c = rope_kv.make_cache(1, frames, tokens, 2, 8, format=format, dtype=dtype, summaries=summaries)
     rope_kv.write(
-        random(1, frames * 6, 16),
-        random(1, frames * 6, 16) + 1,
+        random(1, frames * tokens, 16),
+        random(1, frames * tokens, 16) + 1,
         c,
         torch.arange(frames),
         num_heads=2,
@@ -64,6 +66,7 @@ def op_samples(grad: bool) -> dict[str, list[tuple[object, ...]]]:
     query = (random(1, 12, 16, grad=grad), table(2), 2, random(16, grad=grad), 1e-6, 0.5)
     qkv = tuple(random(1, n, 2, 8, grad=grad) for n in (5, 7, 7))
     plain, low = cache("plain"), cache("int8", torch.float16)
+    ragged = cache("plain", tokens=65, summaries="slot")
     q = random(2, 1, 12, 2, 8, grad=grad)
     where = (torch.tensor([2, -1, 0]), torch.tensor([0, 1, 1]))
     gemm = (int8(6, 144), int8(130, 144), scale(1, 2), scale(2, 2), random(130, grad=grad))
@@ -74,7 +77,6 @@ def op_samples(grad: bool) -> dict[str, list[tuple[object, ...]]]:
     long = tuple(random(1, n, h, 8, grad=grad) for n, h in ((9, 2), (13, 1), (13, 1)))
     proj = random(8, 8, grad=grad), random(8, grad=grad)
     mask = (2, 0.5, 0.25)
-    summed = (plain.h, plain.z)
     return {
         "quantize": [(random(5, 130), i8, 1), (random(5, 130), torch.float8_e4m3fn, 128)],
         "dequantize": [(int8(5, 130), scale(5, 2).requires_grad_(grad), 1, f32)],
@@ -90,6 +92,10 @@ def op_samples(grad: bool) -> dict[str, list[tuple[object, ...]]]:
             (random(1, 12, 16), random(1, 12, 16), torch.tensor([2, 0]), table(), None, 2, 1e-6)
             + ("softmax", *cached(c), c.h, c.z)
             for c in (plain, low)
+        ]
+        + [
+            (random(1, 65, 16), random(1, 65, 16), torch.tensor([2]), None, None, 2, 1e-6)
+            + ("elu", *cached(ragged), ragged.h, ragged.z)
         ],
         "rope_on_cache": [(random(1, 2, 6, 2, 8, grad=grad), table())],
         "gemm_w8a8": [(*gemm, *tail, f32), (*gemm, None, None, 128, "gelu", torch.bfloat16)],
@@ -106,15 +112,21 @@ def op_samples(grad: bool) -> dict[str, list[tuple[object, ...]]]:
             (*pooled, None, None, *mask, 0.3, 4),
             (*pooled, None, None, 2, None, 0, 1, 2),
         ],
-        "sparse_attention": [(*qkv, *csr, 2, 2, 0.3, 9.0)],
+        "sparse_attention": [
+            (*qkv, *csr, 2, 2, 0.3, 9.0, None, None, None),
+            (*qkv, *csr, 2, 2, 0.3, 9.0, "int8", "fp16", "block"),
+        ],
         "linear_attention": [
             (random(1, 5, 2, 8, grad=grad), *hz, *csr, "unselected", 2, "softmax", 1e-5),
             (random(1, 5, 2, 8, grad=grad), *hz, None, None, "all", 2, "elu", 1e-5),
         ],
-        "sla": [(*long, *proj, *mask, "marginal", -1.0, 9.0, 4, 4, "softmax", 0.3, 1e-5)],
+        "sla": [
+            (*long, *proj, *mask, "marginal", -1.0, 9.0, 4, 4, "softmax", 0.3, 1e-5, *formats)
+            for formats in ((None, None, None), ("int8", "fp16", "block"))
+        ],
         "segment_sla": [
-            (q, *cached(c), *summed, *where, *proj, *mask, over, 9.0, 4, "softmax", 0.3, 1e-5)
-            for c, over in ((plain, "unselected"), (low, "all"))
+            (q, *cached(c), c.h, c.z, *where, *proj, *mask, over, 9.0, 4, "softmax", 0.3, 1e-5)
+            for c, over in ((plain, "unselected"), (low, "all"), (ragged, "all"))
         ],
     }
 

@@ -15,9 +15,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from reeltime.bench import bench_miniature as bench
+from reeltime.bench import miniature_formats
 from reeltime.bench.bench_miniature import Actor, Bench, perform, summarise, variants
 from reeltime.model.codec import CodecConfig, ConvCodec
 from reeltime.model.config import ModelConfig
+from reeltime.model.kv_cache import StreamMemory
 from reeltime.model.miniature import control, weights
 from reeltime.model.transformer import CausalTransformer
 
@@ -187,6 +189,19 @@ def test_reference_off_keeps_nothing():
     assert free.twin
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kv_format": "int4"}, "kv_format: expected one of 'plain', .*, got 'int4'"),
+        ({"kv_format": "int8, v fp8", "rope_on_cache": True}, "rope_on_cache: expected False .*8"),
+    ],
+    ids=["unknown", "rotated on read"],
+)
+def test_cache_refuses_a_format_that_it_does_not_have(options, message):
+    with pytest.raises(ValueError, match=message):
+        StreamMemory(TINY, variants(TINY)["longlive"].layout, (4, 4), **options)
+
+
 # --- Runs ---------------------------------------------------------------------------------------
 
 
@@ -245,6 +260,69 @@ def test_long_stream_has_its_curve_and_ends(model, tmp_path):
     run.results["long"]["drift"] = "kept"
     run.run(["long"])
     assert run.results["long"]["drift"] == "kept"
+
+
+def test_formats_are_held_against_the_dense_stream(model, tmp_path, monkeypatch):
+    """Frame by frame: the dense format itself loses nothing, INT8 a little; rows are kept."""
+    made = bench.formats(TINY)
+    low = next(name for name, variant in made.items() if variant.kv_format != "plain")
+    some = {"as it is": next(iter(variants(TINY).values())), low: made[low]}
+    monkeypatch.setattr(bench, "formats", lambda config: some)
+    run = new_bench(model, tmp_path)
+    run.settings["long_frames"] = 120
+    run.run(["long", "formats"])
+    long, rows = run.results["long"], run.results["formats"]
+    assert list(rows) == list(some)
+    assert rows["as it is"]["psnr_beside_dense"] == 100
+    assert set(rows["as it is"]["lost"].values()) == {0.0}
+    for row in rows.values():
+        assert row["psnr_dense"] == pytest.approx(long["psnr"])  # the long stream is the dense one
+        assert row["frames"] == 120
+    lost = rows[low]["lost"]
+    assert 20 < rows[low]["psnr_beside_dense"] < 100
+    assert lost["p05"] < lost["p95"] < lost["p100"]
+    assert rows[low]["psnr"] == pytest.approx(long["psnr"] - lost["mean"], abs=0.5)
+    assert rows[low]["cache_mb"] < 0.5 * rows["as it is"]["cache_mb"]
+    rows[low]["drift"] = 0.25
+    run.run(["formats"])
+    assert run.results["formats"][low]["drift"] == 0.25
+
+    text = miniature_formats.markdown(long, rows)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| float32, dense", "| as it is", f"| {low}"
+    ]  # fmt: skip
+    assert "+0.25" in lines[4]
+    miniature_formats.draw(tmp_path / "formats.png", rows)
+    assert Image.open(tmp_path / "formats.png").width > 600
+
+
+def test_loss_is_of_each_frame():
+    lost = miniature_formats.loss(np.array([4.0, 1.0, 10.0]), np.array([1.0, 1.0, 100.0]))
+    assert lost == pytest.approx([6.0206, 0, -10], abs=1e-4)
+    spread = miniature_formats.spread(np.arange(101.0))
+    assert spread == {f"p{p:02d}": float(p) for p in miniature_formats.LOST} | {"mean": 50.0}
+
+
+def test_rows_of_other_adapters_are_forgotten(model, tmp_path, monkeypatch):
+    """Of the adapter that changed, and of no other; 75% runs with that of 50%."""
+    run = new_bench(model, tmp_path)
+    run.folder = tmp_path
+    for sparsity in (50, 90):
+        (tmp_path / f"sla-{sparsity}.safetensors").write_bytes(b"first")
+    names = {"ablations": variants(TINY), "formats": bench.formats(TINY)}
+    run.results = {part: dict.fromkeys(made, "row") for part, made in names.items()}
+    run.forget_other_adapters()  # no adapters were known before
+    run.results |= {part: dict.fromkeys(made, "row") for part, made in names.items()}
+    run.forget_other_adapters()
+    assert {part: list(run.results[part]) for part in names} == {
+        part: list(made) for part, made in names.items()
+    }
+    (tmp_path / "sla-50.safetensors").write_bytes(b"second")
+    run.forget_other_adapters()
+    gone = {name for part, made in names.items() for name in set(made) - set(run.results[part])}
+    assert gone == {"SLA, 50% sparse", "SLA, 75% sparse, adapter of 50%"}
 
 
 def test_everything_else_runs(model, tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from PIL import Image
 
 from reeltime import backends, checks, cli, cli_check
 from reeltime.attention import reference as attention
-from reeltime.bench.accuracy import case, check, pages, picture, recipes
+from reeltime.bench.accuracy import case, check, pages, picture, recipes, segments
 from reeltime.bench.accuracy.inputs import KINDS, Inputs
+from reeltime.bench.accuracy.paths import PEERS
 from reeltime.gemm_w8a8 import reference as gemm
 from reeltime.norm import reference as norm
 from reeltime.quant import reference as quant
@@ -63,6 +65,13 @@ def rows(everything: tuple[list[check.Row], set[str]]) -> list[check.Row]:
     return everything[0]
 
 
+@pytest.fixture(scope="module")
+def paths() -> list[check.Row]:
+    """Attention path by path, but for 160k keys, which take a minute."""
+    kinds = [kind for kind in check.kinds(check.PATHS) if kind != "160k_keys"]
+    return [row for kind in kinds for row in check.check(check.PATHS, kind, backend="reference")]
+
+
 def error(rows: list[check.Row], recipe: str, kind: str) -> float:
     return next(r.relative_l1 for r in rows if (r.recipe, r.input) == (recipe, kind))
 
@@ -85,7 +94,7 @@ def test_every_public_op_appears(everything):
 
 
 def test_every_family_meets_every_adversity(rows):
-    named = {re.sub("_[kv]$", "", kind) for kind in KINDS}
+    named = {re.sub("_[kv]$", "", kind) for kind in KINDS} - {"160k_keys"}  # paths have them
     for family in backends.FAMILIES:
         kinds = {row.input for row in rows if row.family == family}
         assert kinds == set(check.kinds(family)) <= set(KINDS)
@@ -552,9 +561,9 @@ def test_picture_is_drawn_and_light(tmp_path, capsys, monkeypatch):
     assert sum(grey[:200]) > 1000
 
 
-def test_picture_and_page_show_what_exists(rows):
+def test_picture_and_page_show_what_exists(rows, paths):
     """A renamed recipe would leave its column empty."""
-    there = {(row.family, row.op, row.recipe) for row in rows}
+    there = {(row.family, row.op, row.recipe) for row in rows + paths}
     for family, series in picture.SERIES.items():
         assert {(family, op, recipe) for op, recipe, _ in series} <= there
 
@@ -574,13 +583,76 @@ def test_update_rewrites_between_the_markers_alone(tmp_path, rows):
         pages.update(page, rows)
 
 
-def test_shipped_page_lists_the_recipes_of_today(rows):
+def test_shipped_page_lists_the_recipes_of_today(rows, paths):
     """Digits may differ from machine to machine; what is compared may not."""
     text = (ROOT / "docs/accuracy.md").read_text()
     shipped = re.findall(r"^\| ([a-z_0-9]+) \| ([^|]+) \| [a-z ]+ \| [\d.]+ \|", text, re.M)
-    assert {(op, recipe.strip()) for op, recipe in shipped} == {(r.op, r.recipe) for r in rows}
+    today = {(row.op, row.recipe) for row in rows + paths}
+    assert {(op, recipe.strip()) for op, recipe in shipped} == today
     assert "| FAIL |" not in text
     assert (ROOT / "docs/accuracy.png").stat().st_size > 10_000
+
+
+# --- Path by path -------------------------------------------------------------------------------
+
+
+def test_every_path_passes_and_has_its_peers(paths):
+    assert [row for row in paths if row.passed is False or row.error] == []
+    there = {(row.op, row.recipe) for row in paths}
+    for (op, recipe), peers in PEERS.items():
+        assert {(op, recipe), *((op, peer) for peer in peers)} <= there
+    alone = {(row.op, row.recipe) for row in paths if check.ours(row)} - set(PEERS)
+    assert all("sequence" in recipe or op == "segment_sla" or "fp8 block" in recipe
+               for op, recipe in alone)  # fmt: skip
+
+
+def test_mean_of_the_block_costs_no_more_than_that_of_the_sequence(paths):
+    """What writing once costs: nothing that a change of the rounded values would not."""
+    found = {(row.op, row.recipe, row.input): row.relative_l1 for row in paths}
+    for qk, pv in (("int8", "fp16"), ("int8", "fp8"), ("fp8", "fp8")):
+        for kind in {row.input for row in paths} - {"constant_v"}:
+            name = f"qk {qk} {{}} mean, pv {pv}"
+            ours, theirs = (found["attention", name.format(m), kind] for m in ("block", "sequence"))
+            assert ours < 1.1 * theirs, (name, kind)
+
+
+def test_page_shows_other_backends_beside(paths):
+    """Under their path, with their own ratio to its peers, and the worst of them is named."""
+    path, peer = next(iter(PEERS.items()))[0], "Sage2 int8 per thread, pv fp16"
+    mine, theirs = (
+        next(r for r in paths if (r.op, r.recipe, r.input) == (path[0], name, "normal"))
+        for name in (path[1], peer)
+    )
+    bad = replace(mine, relative_l1=7 * theirs.relative_l1, backend="cuda", device="sm_99")
+    text = pages.markdown(paths, [bad])
+    lines = text.splitlines()
+    at = lines.index(next(line for line in lines if line.startswith(f"| **{', '.join(path)}**")))
+    assert lines[at + 1].startswith(f"| cuda, sm_99 | {pages.number(bad.relative_l1)} |  |")
+    assert f"| {', '.join(path)} (cuda, sm_99) / {peer} | 7.00 |" in text
+    assert f"to 7.00 times its error, most in {', '.join(path)} (cuda, sm_99), normal" in text
+
+
+def test_rows_of_another_run_are_read_back(paths, tmp_path):
+    page = tmp_path / "rows.json"
+    page.write_text(json.dumps({"rows": [row.document() for row in paths[:9]]}))
+    assert check.read(page) == paths[:9]
+    page.write_text("[]")
+    with pytest.raises(ValueError, match=r"beside: expected rows of --json in .*rows\.json"):
+        check.read(page)
+
+
+def test_shipped_rows_are_of_the_paths_of_today(paths):
+    """docs/accuracy.md shows them beside the reference's."""
+    shipped = check.read(ROOT / "bench/results/accuracy_emulated.json")
+    mine = {(row.op, row.recipe, row.input) for row in paths if check.ours(row)}
+    assert {(row.op, row.recipe, row.input) for row in shipped} == mine
+    assert all(row.passed for row in shipped)
+
+
+def test_160k_keys_are_what_they_say():
+    inputs = Inputs("160k_keys", "reference", CPU, 0)
+    assert inputs.lengths[1] == 163_840
+    assert math.prod(segments.GRIDS["160k_keys"]) * segments.FRAMES["160k_keys"] == 163_840
 
 
 def test_what_a_backend_refuses_is_left_out_and_counted():

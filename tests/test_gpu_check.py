@@ -60,7 +60,8 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path):
     lines = done.stdout.splitlines()
     names = [line.split(" ")[0] for line in lines]
     right = ["tests", "tests-cuda", "graphs", "check-cuda", "check-triton", *gpu_check.TOOLS]
-    assert names == ["machine", "build", *right, *(f"bench-{family}" for family in FAMILIES)]
+    timed = [f"bench-{family}" for family in (*FAMILIES, "step")]
+    assert names == ["machine", "build", *right, *timed]
     plan = dict(zip(names, lines, strict=True))
     assert "REELTIME_CUDA_ARCHS=native" in plan["build"]
     assert "--no-build-isolation --no-deps" in plan["build"]
@@ -70,6 +71,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path):
     assert "--tool racecheck" in plan["racecheck"]
     assert "reeltime.bench.sanitize" in plan["initcheck"]
     assert f"--out {tmp_path / 'out'} --commit abc123" in plan["bench-sla"]
+    assert "bench step --shapes tiny" in plan["bench-step"]
     assert not (tmp_path / "out").exists()
 
 

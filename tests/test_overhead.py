@@ -32,7 +32,7 @@ def random(*shape: int) -> Tensor:
 
 
 def cache(format: str) -> rope_kv.KVCache:
-    c = rope_kv.make_cache(1, 3, 6, 2, 8, format=format, summaries=True)
+    c = rope_kv.make_cache(1, 3, 6, 2, 8, format=format, summaries="block")
     tokens = random(1, 18, 16)
     rope_kv.write(tokens, tokens + 1, c, torch.arange(3), num_heads=2)
     return c

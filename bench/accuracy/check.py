@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from reeltime import backends, checks
 from reeltime.arch import UnsupportedArchError
 from reeltime.bench.accuracy.case import OURS, Case
 from reeltime.bench.accuracy.inputs import Inputs
+
+PATHS = "paths"  # what is checked like a family: attention's 8-bit paths, of two families
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Row:
 
 
 def plan(families: Sequence[str], backend: str, device: torch.device) -> dict[str, str]:
-    """{family: backend that it runs on}, for those of `families` that can be served.
+    """{family: backend that it runs on}, for those of `families` (or `PATHS`) that can be served.
 
     Raises:
         ValueError: unknown backend.
@@ -72,12 +76,28 @@ def plan(families: Sequence[str], backend: str, device: torch.device) -> dict[st
     served, refused = {}, []
     for family in families:
         try:
-            served[family] = backends.resolve(family, backend, device)
+            name = "attention" if family == PATHS else family
+            served[family] = backends.resolve(name, backend, device)
         except UnsupportedArchError as error:
             refused.append(error)
     if not served:
         raise refused[0]
     return served
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a document that `reeltime check --json` wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        documents = json.loads(path.read_text())["rows"]
+        rows = [Row(**document) for document in documents]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"beside: expected rows of --json in {path}, got {error!r}") from error
+    # JSON has no infinity: see document().
+    return [replace(row, relative_l1=math.inf) if row.relative_l1 is None else row for row in rows]
 
 
 def kinds(family: str) -> tuple[str, ...]:

@@ -26,10 +26,11 @@ KINDS = {
     "single_token": "one token, one key",
     "ragged": "lengths that no block divides",
     "long": "4096 keys or summands, stream position 1,000,000",
+    "160k_keys": "163,840 keys, what 45 latent frames of 720p hold",
     "strided": "permuted dimensions and a gap after every row",
 }
 LENGTHS = {"single_token": (1, 1), "ragged": (77, 203), "zero_block": (192, 192)}
-LENGTHS |= {"long": (64, 4096), "strided": (96, 160)}  # queries, keys
+LENGTHS |= {"long": (64, 4096), "160k_keys": (64, 163_840), "strided": (96, 160)}  # queries, keys
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 
 

@@ -13,6 +13,15 @@ from reeltime.bench.accuracy.check import Row, kinds, ours
 
 # What a panel shows: (op, recipe, label).  The rest is in the table and in the JSON document.
 SERIES = {
+    "paths": [
+        ("attention", "qk int8 block mean, pv fp16", "INT8, PV FP16"),
+        ("attention", "qk int8 block mean, pv fp8", "INT8, PV FP8"),
+        ("attention", "qk fp8 block mean, pv fp8", "FP8, PV FP8"),
+        ("segment_attention", "int8 cache, v fp16", "INT8 cache, V FP16"),
+        ("segment_attention", "int8 cache, v fp8", "INT8 cache, V FP8"),
+        ("attention", "Sage2 int8 per thread, pv fp16", "Sage2 per thread, PV FP16"),
+        ("attention", "Sage2 int8 per thread, pv fp8", "Sage2 per thread, PV FP8"),
+    ],
     "quant": [
         ("quantize", "int8 1x128", "INT8 1x128"),
         ("quantize", "int8 128x128", "INT8 128x128"),
@@ -66,8 +75,8 @@ MARKS = "os^Dv"
 FLOOR = 1e-9  # exact results are drawn here
 
 
-def draw(rows: Sequence[Row], out: Path) -> None:
-    """One panel per family in `rows`."""
+def draw(rows: Sequence[Row], out: Path, beside: Sequence[Row] = ()) -> None:
+    """One panel per family in `rows`; rows of other backends are crosses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,17 +88,18 @@ def draw(rows: Sequence[Row], out: Path) -> None:
     for axes, family in zip(
         figure.subplots(tall, wide, squeeze=False).flat, families, strict=False
     ):
-        panel(axes, family, [row for row in rows if row.family == family])
+        mine, others = ([row for row in r if row.family == family] for r in (rows, beside))
+        panel(axes, family, mine, others)
     for axes in list(figure.axes)[len(families) :]:
         axes.remove()
     figure.suptitle(
         "Error against float64 by input.  Filled: ours.  Hollow: published recipes.  "
-        "Bars: tolerance.  Exact results at the bottom."
+        "Bars: tolerance.  Crosses: CUDA kernels, emulated.  Exact results at the bottom."
     )
     figure.savefig(out, dpi=110, metadata={"Software": None})
 
 
-def panel(axes: Any, family: str, rows: Sequence[Row]) -> None:
+def panel(axes: Any, family: str, rows: Sequence[Row], beside: Sequence[Row]) -> None:
     """A mark per input and recipe; the bar of its colour above it is its tolerance."""
     columns, series = kinds(family), SERIES[family]
     errors = [row.relative_l1 for row in rows if math.isfinite(row.relative_l1)]
@@ -117,6 +127,15 @@ def panel(axes: Any, family: str, rows: Sequence[Row]) -> None:
             color=color,
             markerfacecolor=fill,
             label=label,
+        )
+        others = [row for row in beside if (row.op, row.recipe) == (op, recipe)]
+        axes.plot(
+            [columns.index(row.input) + shift for row in others],
+            [min(max(row.relative_l1, FLOOR), ceiling) for row in others],
+            linestyle="none",
+            marker="x",
+            markersize=7,
+            color=color,
         )
         for at, row in zip(places, found, strict=True):
             if row.tolerance_relative_l1 is not None:

@@ -63,12 +63,11 @@ def away_from_zero(x: Tensor) -> Tensor:
 
 def int8(x: Tensor, group: Tensor, *, eps: float = 1e-7) -> Tensor:
     """x [B, S, H, D] through INT8, one scale per head and group of tokens; group [S]."""
-    y = torch.empty_like(x)
-    for index in group.unique():
-        part = x[:, group == index]
-        step = part.abs().amax((1, 3), keepdim=True) / 127 + eps
-        y[:, group == index] = away_from_zero(part / step) * step
-    return y
+    top = x.abs().amax(3)
+    index = group.unique(return_inverse=True)[1].view(1, -1, 1).expand_as(top)
+    step = torch.zeros_like(top).scatter_reduce(1, index, top, "amax") / 127 + eps
+    step = step.gather(1, index).unsqueeze(-1)
+    return away_from_zero(x / step) * step
 
 
 def query_groups(length: int, granularity: str) -> Tensor:
@@ -107,14 +106,14 @@ def weighted(score: Tensor, v: Tensor, pv: str) -> Tensor:
     p = (p * FP8_P_LIMIT).to(torch.float8_e4m3fn).double()
     if pv == "fp8":
         return torch.einsum("bhlm,bmhd->blhd", p, channels_fp8(v)) / total / FP8_P_LIMIT
-    low = channels_fp8(v, NARROW_V)
     step = v.abs().amax(1, keepdim=True) / NARROW_V
     step = torch.where(step > 0, step, 1.0)
+    low = channels_fp8(v, NARROW_V) / step
     out = torch.zeros_like(v[:, :1]).expand(-1, p.shape[2], -1, -1).clone()
     for keys in torch.arange(p.shape[3]).split(64):
         partial = torch.zeros_like(out)
         for few in keys.split(32):
-            added = torch.einsum("bhlm,bmhd->blhd", p[..., few], (low / step)[:, few])
+            added = torch.einsum("bhlm,bmhd->blhd", p[..., few], low[:, few])
             partial = (partial + added).half().double()
         out += partial * step
     return out / total / FP8_P_LIMIT

@@ -101,7 +101,7 @@ def by_slot(x: Tensor, window: Window) -> Tensor:
 
 def written(inputs: Inputs, dtype: str) -> Iterator[Case]:
     def fresh() -> Window:
-        return Window(inputs, "plain", dtype, summaries=True)
+        return Window(inputs, "plain", dtype, summaries="block")
 
     window = fresh()
     keys, values = by_slot(window.keys(), window), by_slot(window.values(), window)

@@ -16,8 +16,8 @@ from reeltime.bench.accuracy.inputs import DTYPES, Inputs, exact
 
 HEADS, DIM, THETA, EPS = 2, 64, 10000.0, 1e-6
 GRIDS = {"single_token": (1, 1), "ragged": (7, 10), "long": (16, 32)}
-GRIDS |= {"constant": (8, 16), "zero_block": (8, 16)}
-FRAMES = {"single_token": 1, "long": 8}
+GRIDS |= {"160k_keys": (32, 64), "constant": (8, 16), "zero_block": (8, 16)}
+FRAMES = {"single_token": 1, "long": 8, "160k_keys": 80}
 FIRST = {"long": 1_000_000}  # position of the oldest frame in the stream
 GAP, MOVED = 5, 3  # frames
 
@@ -57,7 +57,7 @@ class Window:
         format: str = "plain",
         dtype: str = "float32",
         *,
-        summaries: bool = False,
+        summaries: str | None = None,
     ) -> None:
         self.inputs, self.format = inputs, format
         self.grid = GRIDS.get(inputs.kind, (8, 8))

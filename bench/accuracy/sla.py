@@ -92,6 +92,7 @@ def equation(
     rule: Rule,
     ranking: tuple[list[Tensor], list[Tensor]] | None = None,
     room: int | None = None,
+    block_q: int = BLOCK,
 ) -> Parts:
     """queries [B, S_q, H, D] per offset; blocks [B, n, H, D], each scored by its owner's query.
 
@@ -99,11 +100,11 @@ def equation(
     where storage has rounded them: a near tie that falls otherwise is no error of the op.
     """
     q, phi, count = queries[0], PHI[rule.phi], len(keys)
-    shape = (q.shape[0], q.shape[2], -(-q.shape[1] // BLOCK), count)
+    shape = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q), count)
     selected, marginal, score = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
     sparse, linear = torch.zeros_like(q), torch.zeros_like(q)
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in shape[:3])).tolist():
-        rows = slice(i * BLOCK, min(i * BLOCK + BLOCK, q.shape[1]))
+        rows = slice(i * block_q, min(i * block_q + block_q, q.shape[1]))
         part = [x[b, rows, h] for x in queries]
         k, v = [x[b, :, h] for x in keys], [x[b, :, h] for x in values]
         asks, means = part, [x.mean(0) for x in k]
@@ -271,7 +272,7 @@ def published(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]
         )
     # In 8 bits ours is the cache: one segment, nothing normed or rotated, so that both see q, k, v.
     batch, tokens, heads, dim = k.shape
-    options = {"format": "int8", "dtype": torch.float16, "device": k.device, "summaries": True}
+    options = {"format": "int8", "dtype": torch.float16, "device": k.device, "summaries": "slot"}
     cache = rope_kv.make_cache(batch, 1, tokens, heads, dim, **options)
     slot = torch.zeros(1, dtype=torch.int64, device=k.device)
     rope_kv.write(k.flatten(2), v.flatten(2), cache, slot, num_heads=heads, backend=inputs.backend)
@@ -302,7 +303,7 @@ def published(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Case]
 
 
 def over_cache(inputs: Inputs, format: str, dtype: str) -> Iterator[Case]:
-    window = Window(inputs, format, dtype, summaries=True)
+    window = Window(inputs, format, dtype, summaries="block")
     q = window.queries()[0]
     recipe = dtype if format == "plain" else f"int8 block mean, v {dtype}"
     for topk, over in ((0.1, "all"), (0.5, "unselected")):
@@ -317,8 +318,9 @@ def over_cache(inputs: Inputs, format: str, dtype: str) -> Iterator[Case]:
         )
 
 
-def segment_equation(window: Window, q: Tensor, rule: Rule) -> Tensor:
-    """Blocks in the order of the block table, chosen by the query and the means as stored."""
+def segment_equation(window: Window, q: Tensor, rule: Rule, block_q: int = BLOCK) -> Tensor:
+    """Blocks in the order of the block table, chosen by the query q [O, B, L, H, D] and the means
+    as stored; L may be less than what the window asks."""
     by_frame = [x.split(window.tokens, 1) for x in (window.keys(), window.values())]
     keys, values = ([b for frame in x for b in frame.split(64, 1)] for x in by_frame)
     per_frame = len(keys) // window.frames
@@ -327,6 +329,6 @@ def segment_equation(window: Window, q: Tensor, rule: Rule) -> Tensor:
     means = exact(window.cache.k_mean.index_select(1, window.slots)).flatten(1, 2)
     ranking = list(exact(q).unbind(0)), list(means.unbind(1))
     room = per_frame * len(window.block_table)
-    asked = list(window.asked().split(1))
-    parts = equation(asked, keys, values, owner, rule, ranking, room)
+    asked = list(window.asked()[:, : q.shape[2]].split(1))
+    parts = equation(asked, keys, values, owner, rule, ranking, room, block_q)
     return parts.sparse + parts.linear

@@ -38,7 +38,10 @@ def register(app: typer.Typer) -> None:
 def bench(
     families: Annotated[
         list[str] | None,
-        typer.Argument(help="Kernel families; all of them by default.", show_default=False),
+        typer.Argument(
+            help="Kernel families, all of them by default; or step: blocks and chunks of a model.",
+            show_default=False,
+        ),
     ] = None,
     shapes: Annotated[
         str | None,
@@ -85,13 +88,15 @@ def bench(
     import torch
 
     from reeltime import backends, checks
+    from reeltime.bench import harness
     from reeltime.bench import shapes as known
 
+    timed = (*backends.FAMILIES, harness.STEP)
     for name in families or ():
-        checks.choice("family", name, backends.FAMILIES)
+        checks.choice("family", name, timed)
     if shapes is not None:
         checks.choice("shapes", shapes, tuple(known.SIZES))
-    chosen = [name for name in backends.FAMILIES if not families or name in families]
+    chosen = [name for name in timed if name in (families or backends.FAMILIES)]
     console = Console(stderr=as_json)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH + 20
@@ -130,7 +135,7 @@ def run_all(
         notes.print(Text(" ".join(line.split()), style="yellow"))
 
     for name in chosen:
-        for one in (backend,) if backend else harness.wanted(place):
+        for one in (backend,) if backend else harness.wanted(place, name):
             if one not in served.get(name, ()):
                 note(f"{name}: not measured on {one}, which this build lacks for it on {place}")
     found: list[Row] = []
@@ -189,9 +194,9 @@ def run_all(
 
 
 def ours(row: Row) -> bool:
-    from reeltime.bench.harness import TIMED
+    from reeltime.bench.harness import STEP, TIMED
 
-    return row.backend in TIMED
+    return row.family == STEP or row.backend in TIMED
 
 
 def show_floors(

@@ -37,7 +37,11 @@ def register(app: typer.Typer) -> None:
 
 def check(
     family: Annotated[
-        str | None, typer.Argument(help="One kernel family; all of them by default.")
+        str | None,
+        typer.Argument(
+            help="One kernel family, or paths: attention in 8 bits, path by path, to 160k keys; "
+            "all families by default."
+        ),
     ] = None,
     backend: Annotated[
         str, typer.Option(help="auto, reference, triton or cuda: whose kernels are checked.")
@@ -55,6 +59,13 @@ def check(
         typer.Option(
             help="Rewrite the tables between the markers of a page such as docs/accuracy.md, and "
             "draw the picture beside it.",
+            show_default=False,
+        ),
+    ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows of another backend or device, a document of --json, to show on that page.",
             show_default=False,
         ),
     ] = None,
@@ -76,9 +87,11 @@ def check(
     from reeltime.bench.accuracy import check as running
 
     if family is not None:
-        checks.choice("family", family, backends.FAMILIES)
+        checks.choice("family", family, (*backends.FAMILIES, running.PATHS))
+    others = [] if beside is None else running.read(beside)
     place = find_device(device)
-    chosen = running.plan((family,) if family else backends.FAMILIES, backend, place)
+    every_family = backends.FAMILIES if update is None else (running.PATHS, *backends.FAMILIES)
+    chosen = running.plan((family,) if family else every_family, backend, place)
     notes = Console(stderr=True)
     for name in backends.FAMILIES if family is None else ():
         if name not in chosen:
@@ -105,12 +118,12 @@ def check(
     if update is not None:
         from reeltime.bench.accuracy import pages
 
-        pages.update(update, rows)
+        pages.update(update, rows, others)
         picture = picture or update.with_suffix(".png")
     if picture is not None:
         from reeltime.bench.accuracy import picture as drawing
 
-        drawing.draw(rows, picture)
+        drawing.draw(rows, picture, others)
     failed = sum(row.passed is False for row in rows)
     if as_json:
         document = {
