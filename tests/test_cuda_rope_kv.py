@@ -211,6 +211,14 @@ def of(part, slots):
     return part[:, slots]
 
 
+def guarded(part):
+    """As large, full of 2, and a slot away from other memory: a planted mistake may write there."""
+    rim = -(-part.stride(1) // 64) * 64
+    room = torch.empty(part.numel() + 2 * rim, dtype=part.dtype, device=part.device)
+    room.copy_(torch.tensor(2.0))
+    return room[rim : rim + part.numel()].view(part.shape)
+
+
 def written(k, v, slots, N, H, options, *, backend="cuda", phi="softmax", how=None, **given):
     """A cache of 5 slots after one write, on the CPU; what was there before is 2."""
     format, dtype, summaries = options
@@ -220,7 +228,7 @@ def written(k, v, slots, N, H, options, *, backend="cuda", phi="softmax", how=No
         cache = rope_kv.make_cache(k.shape[0], 5, N, H, D, **kinds, device=runner.device)
         for part in PARTS:
             if getattr(cache, part) is not None:
-                getattr(cache, part).copy_(torch.tensor(2.0))
+                setattr(cache, part, guarded(getattr(cache, part)))
         args = [on(runner.device, x) for x in (k, v, slots)]
         given = {name: on(runner.device, x) for name, x in given.items()}
         rope_kv.write(*args[:2], cache, args[2], num_heads=H, backend=backend, **given)
@@ -664,8 +672,8 @@ MISTAKES = {  # entry point, file, text, what it becomes
         "write_cache", BLOCK, "other = kTerms - 1 - term", "other = 0",
     ),
     # add_blocks_kernel
-    "blocks left where the slot is": (
-        "write_cache, slots", MAIN, "p.slot_h ? int64_t{unit}", "!p.slot_h ? int64_t{unit}",
+    "two blocks left in one place": (
+        "write_cache, slots", MAIN, "p.slot_h ? int64_t{unit}", "p.slot_h ? int64_t{unit / 2 * 2}",
     ),
     "all but the first block": (
         "write_cache, slots", SLOTS,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reeltime.attention.reference import STORED
 from reeltime.attention.triton_encode import encode
-from reeltime.jit.launch import arch_of, dense, unless, width
+from reeltime.jit.launch import arch_of, dense, refuses, unless, width
 from reeltime.rope_kv.reference import BLOCK
 from reeltime.sla import api
 from reeltime.sla import triton_backward as triton_backward  # adds the gradients
@@ -72,7 +72,12 @@ def _skips(
 _of_query, _of_query_and_values = unless(0), unless(0, 2)
 
 
-def _unserved(formats: tuple[str | None, str | None, str | None], block_k: int) -> str | None:
+def _unserved(
+    device: torch.device,
+    q: Tensor,
+    formats: tuple[str | None, str | None, str | None],
+    block_k: int,
+) -> str | None:
     qk, pv, smooth = formats
     if qk is None and pv is None:
         return None
@@ -87,18 +92,18 @@ def _unserved(formats: tuple[str | None, str | None, str | None], block_k: int) 
             f"in 8 bits its kernels walk the blocks that share scales, block_k={BLOCK}, not "
             f"{block_k}; backend='reference' has any"
         )
-    return None
+    return refuses(device, q, STORED[pv])
 
 
 def _unless_sparse(device: torch.device, *args: Any) -> str | None:
-    why = _of_query(device, *args) or _unserved(args[9:12], args[6])
+    why = _of_query(device, *args) or _unserved(device, args[0], args[9:12], args[6])
     if why or args[8] == INFINITY:
         return why
     return _skips(device, args[0], args[2].shape[3], args[8], args[5], args[6])
 
 
 def _unless_sla(device: torch.device, *args: Any) -> str | None:
-    why = _of_query(device, *args) or _unserved(args[16:19], args[12])
+    why = _of_query(device, *args) or _unserved(device, args[0], args[16:19], args[12])
     if why or args[10] == INFINITY:
         return why
     return _skips(device, args[0], args[2].shape[3], args[10], args[11], args[12])
