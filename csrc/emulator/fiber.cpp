@@ -55,8 +55,16 @@ reeltime_switch_stack:
 
 #endif
 
+namespace {
+std::vector<char*> own_stacks;
+std::vector<char*>* stacks = &own_stacks;
+}  // namespace
+
+void* shared_stacks() { return stacks; }
+void share_stacks(void* of_another) { stacks = static_cast<std::vector<char*>*>(of_another); }
+
 char* fiber_stack(unsigned n) {
-  static std::vector<char*> pool;  // kept for the life of the process: mapping costs more than use
+  std::vector<char*>& pool = *stacks;  // for the life of the process: mapping costs more than use
   const size_t guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   while (pool.size() <= n) {
     void* region = mmap(nullptr, guard + kStackBytes, PROT_READ | PROT_WRITE,

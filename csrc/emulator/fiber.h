@@ -27,6 +27,11 @@ struct Context {
   void* fake_stack = nullptr;
 };
 
+// The pool of stacks, and another library's in its place: a stack is two mappings, of which a
+// process may have some 65,000, and each test that plants a mistake loads a library of its own.
+void* shared_stacks();
+void share_stacks(void* of_another);
+
 // The n-th stack of the pool, with an inaccessible page below it.
 char* fiber_stack(unsigned n);
 

@@ -28,6 +28,8 @@ EXPORT void emulator_range(const void* base, size_t bytes, const char* name, int
 }
 
 EXPORT void emulator_clear_ranges() { clear_ranges(); }
+EXPORT void* emulator_stacks() { return shared_stacks(); }
+EXPORT void emulator_share_stacks(void* of_another) { share_stacks(of_another); }
 
 // One line per place in the kernel: "ldmatrix [+0x1234]: 512 requests, 512 wavefronts, 512 at
 // best".

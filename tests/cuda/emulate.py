@@ -265,6 +265,8 @@ def symbols(library: Path, offset: str) -> list[str]:
 class Library:
     """A shared library of kernels, each exported by EMULATED (csrc/emulator/library.h)."""
 
+    stacks: ctypes.c_void_p | None = None  # of the first one that was loaded; one runs at a time
+
     def __init__(self, path: Path, flavour: str) -> None:
         self.path, self.flavour = path, flavour
 
@@ -272,6 +274,10 @@ class Library:
     def loaded(self) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(self.path))
         loaded.emulator_banks.restype = ctypes.c_char_p
+        loaded.emulator_stacks.restype = ctypes.c_void_p
+        if Library.stacks is None:
+            Library.stacks = ctypes.c_void_p(loaded.emulator_stacks())
+        loaded.emulator_share_stacks(Library.stacks)
         return loaded
 
     def run(
