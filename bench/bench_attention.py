@@ -16,6 +16,7 @@ from reeltime import attention
 from reeltime.bench import cached, harness, peers
 from reeltime.bench.case import Case, Draw, Expected, Inputs, Judged
 from reeltime.bench.shapes import Sizes
+from reeltime.checks import Tolerance
 
 # At D = 128 the exponentials of a tile take as long as both of its 8-bit products on sm90.
 EXPECTED = {
@@ -26,21 +27,29 @@ EXPECTED = {
 }
 QUANTISING = 0.95  # of that, where a call also reads, scales and stores q, k and v
 TOLERANCE = attention.TOLERANCE
-PLAIN = ((None, None), ("int8", "fp16"), ("int8", "fp8"), ("fp8", "fp8"))
+FORMATS = ((None, None), ("int8", "fp16"), ("int8", "fp8"), ("fp8", "fp8"))  # qk, pv
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    for qk, pv in PLAIN:
+    for qk, pv in FORMATS:
         yield plain(sizes, qk, pv)
     for values in (None, "fp16", "fp8"):
         yield segments(sizes, values)
 
 
-def work(sizes: Sizes, qk: str | None, pv: str | None) -> dict[str, float]:
-    """FLOPs by dtype: half of them in each product."""
-    half = attention.flops(*shape_of(sizes)) / 2
+def name(qk: str | None, pv: str | None) -> str:
+    return f"{qk}, {pv}" if qk else "bf16"
+
+
+def halves(flops: float, qk: str | None, pv: str | None) -> dict[str, float]:
+    """By dtype, as peaks bound it: half of them in each product."""
     first, second = ({"fp16": "bf16", None: "bf16"}.get(x, x) for x in (qk, pv))
+    half = flops / 2
     return {str(first): half, str(second): half} if first != second else {str(first): 2 * half}
+
+
+def tolerance(qk: str | None, pv: str | None, of: dict[str, Tolerance] = TOLERANCE) -> Tolerance:
+    return of["fp8" if "fp8" in (qk, pv) else "int8" if qk else "bfloat16"]
 
 
 def shape_of(sizes: Sizes) -> tuple[int, int, int, int, int]:
@@ -50,19 +59,15 @@ def shape_of(sizes: Sizes) -> tuple[int, int, int, int, int]:
 
 
 def case(sizes: Sizes, op: str, form: str, qk: str | None, pv: str | None, **parts: Any) -> Case:
-    _, S_q, S_kv, H, D = shape_of(sizes)
-    name = f"{qk}, {pv}" if qk else "bf16"
-    expected = EXPECTED[name]
+    shape = _, S_q, S_kv, H, D = shape_of(sizes)
+    expected = EXPECTED[name(qk, pv)]
     if qk and op == "attention":
         expected = expected.times(QUANTISING, launches=2)
     return Case(
-        "attention", op, form, f"{S_q}x{S_kv}, {H} heads, D {D}", name, work(sizes, qk, pv),
-        expected=expected, peers=peers.scaled_dot_product(*shape_of(sizes)), **parts,
+        "attention", op, form, f"{S_q}x{S_kv}, {H} heads, D {D}", name(qk, pv),
+        halves(attention.flops(*shape), qk, pv), expected=expected,
+        peers=peers.scaled_dot_product(*shape), **parts,
     )  # fmt: skip
-
-
-def tolerance(qk: str | None, pv: str | None) -> Any:
-    return TOLERANCE["fp8" if "fp8" in (qk, pv) else "int8" if qk else "bfloat16"]
 
 
 def plain(sizes: Sizes, qk: str | None, pv: str | None) -> Case:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reeltime import attention, sla
 from reeltime.bench import cached, harness, peers
-from reeltime.bench.bench_attention import shape_of
+from reeltime.bench.bench_attention import FORMATS, halves, name, shape_of, tolerance
 from reeltime.bench.case import Case, Draw, Expected, Inputs, Judged
 from reeltime.bench.shapes import Sizes
 from reeltime.checks import Tolerance
@@ -29,7 +29,6 @@ EXPECTED = {
 TOLERANCE = sla.TOLERANCE
 SHARES = {"tiny": (0.5,), "dit": (0.05, 0.1)}
 EXACT = Tolerance(0.0, 0.0)
-FORMATS = ((None, None), ("int8", "fp16"), ("int8", "fp8"), ("fp8", "fp8"))  # qk, pv
 # Of that, where a call also reads, scales and stores q, k and v, of which it attends to a few.
 QUANTISING = 0.7
 TIE = 1e-4  # of the RMS of the scores: two blocks closer than that may be ranked either way
@@ -68,20 +67,6 @@ def case(
     return Case(
         "sla", op, form, f"{S_q}x{S_kv}, {H} heads, D {D}", dtype, expected=expected, **parts
     )
-
-
-def name(qk: str | None, pv: str | None) -> str:
-    return f"{qk}, {pv}" if qk else "bf16"
-
-
-def products(qk: str | None, pv: str | None) -> tuple[str, str]:
-    """The dtypes whose peaks bound both products."""
-    first, second = ({"fp16": "bf16", None: "bf16"}.get(x, x) for x in (qk, pv))
-    return str(first), str(second)
-
-
-def tolerance(qk: str | None, pv: str | None) -> Tolerance:
-    return TOLERANCE["fp8" if "fp8" in (qk, pv) else "int8" if qk else "bfloat16"]
 
 
 def qkv(device: torch.device, seed: int, sizes: Sizes) -> Inputs:
@@ -153,7 +138,7 @@ def sparse_attention(sizes: Sizes, share: float, qk: str | None, pv: str | None)
             seen = per_token(blocks, S_kv, 3, BLOCK_K)
             return attention.attention(q[:, piece], k, v, mask=seen, backend="reference")
 
-        yield Judged("out", result, cached.together(S_q, oracle), tolerance(qk, pv))
+        yield Judged("out", result, cached.together(S_q, oracle), tolerance(qk, pv, TOLERANCE))
 
     part = min(1.0, selected(share, columns) * BLOCK_K / S_kv)
     lists = 4 * B * H * (rows + 1 + rows * selected(share, columns))
@@ -214,14 +199,6 @@ def judged(result: Tensor, want: Tensor, clear: Tensor, tolerance: Tolerance) ->
     yield Judged("out", result[clear], want[clear], tolerance)
 
 
-def halves(flops: float, qk: str | None, pv: str | None) -> dict[str, float]:
-    """By dtype: half of them in each product."""
-    found: dict[str, float] = {}
-    for dtype in products(qk, pv):
-        found[dtype] = found.get(dtype, 0.0) + flops / 2
-    return found
-
-
 def work(sizes: Sizes, count: int, qk: str | None, pv: str | None) -> dict[str, float]:
     """FLOPs by dtype of the selected blocks, and of the linear branch."""
     shape = B, S_q, S_kv, H, D = shape_of(sizes)
@@ -248,7 +225,8 @@ def plain(sizes: Sizes, share: float, qk: str | None, pv: str | None) -> Case:
             S_q, lambda rows: sla.sla(q[:, rows], **wide, topk=share, backend="reference")
         )
         score = torch.einsum("bqhd,bkhd->bhqk", block_mean(q, BLOCK_Q), block_mean(wide["k"]))
-        yield from judged(result, want, settled(score, count, S_q), tolerance(qk, pv))
+        clear = settled(score, count, S_q)
+        yield from judged(result, want, clear, tolerance(qk, pv, TOLERANCE))
 
     part = min(1.0, count * BLOCK_K / S_kv)
     return case(
@@ -282,7 +260,8 @@ def segments(sizes: Sizes, share: float, values: str | None) -> Case:
         asks = block_mean(q, BLOCK_Q)[inputs["offset_index"]]  # [T, 1, nQ, H, D]
         means = cache.k_mean[:, inputs["block_table"]]
         score = torch.einsum("tbqhd,btkhd->bhqtk", asks, means).flatten(3)
-        yield from judged(result, want, settled(score, count, S_q), tolerance(qk, values))
+        clear = settled(score, count, S_q)
+        yield from judged(result, want, clear, tolerance(qk, values, TOLERANCE))
 
     part = min(1.0, count * BLOCK_K / S_kv)
     stored = {None: (2, 2), "fp16": (1, 2), "fp8": (1, 1)}[values]  # bytes of a key, of a value

@@ -575,8 +575,7 @@ def segments_of(cache, q):
 
 
 def plain(q, k, v, pv="fp16", smooth="block"):
-    low = cuda.encode(q, k, v, "int8", pv, smooth)
-    return low._replace(k_code=low.k_code.unsqueeze(1), v_code=low.v_code.unsqueeze(1))
+    return cuda.encode(q, k, v, "int8", pv, smooth).as_segment()
 
 
 def exact_lists(q, low, chosen, table=(0,), offsets=(0,), smooth="block"):

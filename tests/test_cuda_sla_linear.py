@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import emulate
 import parameters
@@ -566,21 +565,7 @@ def planted(name):
 
 @pytest.fixture(scope="module")
 def builds():
-    """Every mistake being compiled, two at a time, while the first are tried."""
-    pool = ThreadPoolExecutor(2)
-    started: dict[str, Future] = {}
-
-    def start(name):
-        edits = (("sm80.cu", tuple(planted(name))),)
-        return pool.submit(parameters.library, "sla", "sm80", "race", edits)
-
-    def wait_for(name):
-        if not started:
-            started.update({each: start(each) for each in MISTAKES})
-        started[name].result()
-
-    yield wait_for
-    pool.shutdown(cancel_futures=True)
+    yield from parameters.builds("sla", MISTAKES, planted)
 
 
 @pytest.mark.parametrize("name", MISTAKES)

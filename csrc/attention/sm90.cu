@@ -349,7 +349,8 @@ cudaError_t launch_keys(const AttentionParams& p, cudaStream_t stream) {
 
 }  // namespace attend_sm90
 
-// Whether attention_sm90 takes it; attention_sm80 takes the rest.
+// Whether attention_sm90 takes it; attention_sm80 takes the rest.  What that has no products for,
+// keys in e4m3, lacks_products of attention/cuda.py refuses by this rule before they are encoded.
 bool attention_sm90_serves(const AttentionParams& p) {
   const auto strides_fit = [&](int64_t b, int64_t s, int64_t n, int64_t h) {
     const bool one = p.B == 1 || p.slots == 1 || b == s * p.slots;  // dimension

@@ -13,7 +13,6 @@
 
 namespace reeltime {
 
-constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kMinusInfinity = -__builtin_inff();
 
 constexpr float kCoarse = 0.0009765625f;  // 2^-10: probabilities are off by 2^-11 of themselves

@@ -8,6 +8,9 @@
 
 namespace reeltime {
 
+// exp(x) = 2^(x kLog2E), log(x) = log2(x) kLn2.
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 #if REELTIME_EMULATED
 namespace soft {
 inline float flush(float x) { return x < 1.17549435e-38f && x > -1.17549435e-38f ? x * 0.0f : x; }

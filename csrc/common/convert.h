@@ -113,4 +113,12 @@ DEVICE float unpack<int8_t>(uint32_t packed, int i) {
   return static_cast<float>(static_cast<int8_t>(packed >> 8 * i & 0xff));
 }
 
+// The pair of bfloat16 nearest to x0 and x1, which keep what it leaves: three such terms make up a
+// float32.
+DEVICE uint32_t take_term(float& x0, float& x1) {
+  const uint32_t pair = pack2<bfloat16>(x0, x1);
+  x0 -= unpack<bfloat16>(pair, 0), x1 -= unpack<bfloat16>(pair, 1);
+  return pair;
+}
+
 }  // namespace reeltime

@@ -5,6 +5,7 @@
 // those over channels in a shuffle.
 #pragma once
 #include "common/approx.h"
+#include "common/convert.h"
 #include "common/encode.h"
 #include "common/ldmatrix.h"
 #include "common/mma.h"
@@ -221,7 +222,6 @@ DEVICE void encode_values(float (&v)[kChunk], const float (&scale)[kChunk],
 // phi of a chunk, in place; a head's lanes meet for softmax.
 template <int kLanes>
 DEVICE void feature_map(float (&x)[kChunk], Phi phi, int inside) {
-  constexpr float kLog2E = 1.4426950408889634f;
   if (phi == Phi::kSoftmax) {
     const float none = -float_of(0x7f800000u);
     float top = none, sum = 0.0f;
@@ -258,13 +258,6 @@ DEVICE int value_chunk(int g, int part) {
   return kRowBytes == 128 ? 2 * g + part : g + part * (kRowBytes / 32);
 }
 
-// The pair of bfloat16 nearest to x0 and x1, which keep what is left.
-DEVICE uint32_t split(float& x0, float& x1) {
-  const uint32_t pair = pack2<bfloat16>(x0, x1);
-  x0 -= unpack<bfloat16>(pair, 0), x1 -= unpack<bfloat16>(pair, 1);
-  return pair;
-}
-
 // phi of the thread's keys into its tiles, as 16-byte chunk `chunk` if they have it; zero past the
 // last token.
 template <int kLanes>
@@ -284,7 +277,8 @@ DEVICE void store_features(Tiles<kLanes>& tiles, const float (&k)[Config<kLanes>
     for (int term = 0; term < kTerms; term++)
       *reinterpret_cast<Vector<uint32_t>*>(tiles.phi[term] +
                                            tile_byte<C::kRowBytes>(me.token(i), chunk)) = {
-          {split(x[0], x[1]), split(x[2], x[3]), split(x[4], x[5]), split(x[6], x[7])}};
+          {take_term(x[0], x[1]), take_term(x[2], x[3]), take_term(x[4], x[5]),
+           take_term(x[6], x[7])}};
   }
 }
 
@@ -303,7 +297,7 @@ DEVICE void store_values(Tiles<kLanes>& tiles, float (&v)[kChunk], int token, in
       const int to = value_chunk<C::kRowBytes>(chunk / 2, part);
       const uint32_t byte = tile_byte<C::kRowBytes>(token, to) + chunk % 2 * 8;
       *reinterpret_cast<uint64_t*>(tiles.v[term] + byte) =
-          split(x[0], x[1]) | uint64_t{split(x[4], x[5])} << 32;
+          take_term(x[0], x[1]) | uint64_t{take_term(x[4], x[5])} << 32;
     }
 }
 

@@ -15,6 +15,7 @@
 // bytes, or its 2 O L D E flops per head and product of terms: one product for bfloat16, three for
 // float16, six for float32.
 #pragma once
+#include "common/convert.h"
 #include "common/cp_async.h"
 #include "common/launch.h"
 #include "common/ldmatrix.h"

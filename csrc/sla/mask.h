@@ -290,7 +290,6 @@ DEVICE Cut by_mass(Bins& bins, const uint32_t* keys, int n, float topp) {
   const float top = score_of(warp_reduce(largest, Max()));
   if (!(top - top == 0.0f)) return {kHighest, 0};
   auto mass = [top](uint32_t key) {
-    constexpr float kLog2E = 1.4426950408889634f;
     return static_cast<uint32_t>(exp2_approx((score_of(key) - top) * kLog2E) * kOne + 0.5f);
   };
   uint64_t total = 0;

@@ -13,6 +13,7 @@
 // one also 2 x 64 rows x 3 terms x D E flops, 96 per byte of h.  keys: S (D + E) itemsize bytes and
 // 2 S D E flops per head.
 #pragma once
+#include "common/convert.h"
 #include "common/cp_async.h"
 #include "common/launch.h"
 #include "common/ldmatrix.h"

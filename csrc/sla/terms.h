@@ -29,13 +29,6 @@ constexpr int kTermsOf = std::is_same_v<T, bfloat16>  ? 1
                          : std::is_same_v<T, float16> ? 2
                                                       : 3;
 
-// Both numbers' next term; they keep what it leaves.
-DEVICE uint32_t take_term(float& x0, float& x1) {
-  const uint32_t pair = pack2<bfloat16>(x0, x1);
-  x0 -= unpack<bfloat16>(pair, 0), x1 -= unpack<bfloat16>(pair, 1);
-  return pair;
-}
-
 // total += a b.  Tensor cores round towards zero when they add to a large sum, always in the same
 // direction: with several terms they add 16 products to zero, and FADD does the rest.
 template <int kA, int kB>
@@ -75,8 +68,6 @@ struct Incoming {
 };
 
 // --- phi -----------------------------------------------------------------------------------------
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // phi of a row of D channels, slice by slice, softmax in units of its sum.  measure() takes a row,
 // map() each of its slices; map_first() does both at once where a row is one slice, and so spares

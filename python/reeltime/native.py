@@ -107,6 +107,11 @@ def strides(name: str, x: Tensor | None, dims: str) -> dict[str, int]:
     return dict.fromkeys(names, 0) if x is None else dict(zip(names, x.stride(), strict=False))
 
 
+def dense(x: Tensor) -> Tensor:
+    """x with neighbouring channels."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @functools.cache
 def _arch_of(index: int) -> arch.Arch:
     return arch.lookup(torch.cuda.get_device_capability(index))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,27 @@ def library(family: str, sm: str, flavour: str, edits: Edits = ()) -> emulate.Li
         exports.write_text(text)
     replace = {name: list(pairs) for name, pairs in edits}
     return emulate.build([exports, CSRC / family / f"{sm}.cu"], flavour, replace)
+
+
+def builds(
+    family: str, names: Iterable[str], planted: Callable[[str], Iterable[tuple[str, str]]]
+) -> Iterator[Callable[[str], None]]:
+    """A fixture's generator of wait_for(name): every mistake that is planted in sm80.cu being
+    compiled, two at a time, while the first are tried."""
+    pool = ThreadPoolExecutor(2)
+    started: dict[str, Future] = {}
+
+    def start(name: str) -> Future:
+        edits = (("sm80.cu", tuple(planted(name))),)
+        return pool.submit(library, family, "sm80", "race", edits)
+
+    def wait_for(name: str) -> None:
+        if not started:
+            started.update({each: start(each) for each in names})
+        started[name].result()
+
+    yield wait_for
+    pool.shutdown(cancel_futures=True)
 
 
 def run(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from reeltime import native
 from reeltime.attention import api
 from reeltime.attention.reference import STORED
-from reeltime.native import code, code_of, launch, strides, unless
+from reeltime.native import code, code_of, dense, launch, strides, unless
 from reeltime.rope_kv.reference import BLOCK
 
 SUM_ROWS = 1024  # kSumRows of csrc/attention/encode.h
@@ -24,17 +25,22 @@ QUERIES = 128  # of a block of threads
 START, COMBINE, MOST_SPLITS = 4, 12, 16
 
 
+def unfit_dims(*dims: int) -> str | None:
+    """Which head dimensions no kernel takes."""
+    if all(dim % 16 == 0 and 0 < dim <= 256 for dim in dims):
+        return None
+    return (
+        "its kernels take head dimensions that are multiples of 16 up to 256, not "
+        f"{' and '.join(map(str, dict.fromkeys(dims)))}, which backend='triton' has"
+    )
+
+
 def unfit(q: Tensor, v: Tensor) -> str | None:
     """Which sizes no kernel takes."""
-    dims = q.shape[-1], v.shape[-1]
-    if any(dim % 16 or not 0 < dim <= 256 for dim in dims):
-        return (
-            "its kernels take head dimensions that are multiples of 16 up to 256, not "
-            f"{' and '.join(map(str, dict.fromkeys(dims)))}, which backend='triton' has"
-        )
-    if max(q.shape[-4], q.shape[-2]) > MOST:
-        return f"its kernels take up to {MOST} batches and heads; backend='triton' takes more"
-    return None
+    why = unfit_dims(q.shape[-1], v.shape[-1])
+    if why is None and max(q.shape[-4], q.shape[-2]) > MOST:
+        why = f"its kernels take up to {MOST} batches and heads; backend='triton' takes more"
+    return why
 
 
 def blocks_per_processor(device: torch.device, channels: int) -> int:
@@ -43,6 +49,7 @@ def blocks_per_processor(device: torch.device, channels: int) -> int:
     return 1 if hopper or channels > 128 else 2
 
 
+@functools.lru_cache
 def splits_of(tiles: int, steps: int, slots: int) -> int:
     """Into how many parts to split `steps` blocks of keys, for the fewest of them end to end.
 
@@ -66,7 +73,7 @@ def lacks_products(q: Tensor, v: Tensor, mask: Tensor | None, smooth: str | None
         return None
     if product != "QGMMA":
         return f"its kernels have no products of e4m3 on {arch.name}; backend='triton' has qk='fp8'"
-    # What attention_sm90_serves says; there is nothing to fall back to.
+    # The rule of attention_sm90_serves in csrc/attention/sm90.cu; there is nothing to fall back to
     dims = q.shape[-1], v.shape[-1]
     apart = any(at % 8 for at in (q.storage_offset(), *q.stride()[:-1]))  # from 16 bytes
     if dims in ((64, 64), (128, 128)) and mask is None:
@@ -116,6 +123,10 @@ class Operands(NamedTuple):
     k_mean: Tensor | None
     v_code: Tensor
     v_scale: Tensor
+
+    def as_segment(self) -> Operands:
+        """Those of tensors as those of a cache of one slot."""
+        return self._replace(k_code=self.k_code.unsqueeze(1), v_code=self.v_code.unsqueeze(1))
 
 
 class Lists(NamedTuple):
@@ -308,10 +319,9 @@ def attention(
     smooth: str | None,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    low = encode(q, k, v, qk, pv, smooth)
     return run(
         q.unsqueeze(0),
-        low._replace(k_code=low.k_code.unsqueeze(1), v_code=low.v_code.unsqueeze(1)),
+        encode(q, k, v, qk, pv, smooth).as_segment(),
         mask=mask,
         sm_scale=sm_scale,
         causal=causal,
@@ -335,7 +345,7 @@ def segment_attention(
     sm_scale: float,
     want_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = dense(q)
     if q_int8 is None or q_scale is None:
         q_int8, q_scale = encode_query(q.flatten(0, 1))
     return run(

@@ -23,11 +23,11 @@ from torch import Tensor
 from reeltime.attention import cuda as attention
 from reeltime.attention.cuda import QUERIES, Lists, Operands, aligned
 from reeltime.backends import Op
-from reeltime.native import unless
+from reeltime.native import dense, unless
 from reeltime.rope_kv.reference import BLOCK
 from reeltime.sla import api
-from reeltime.sla.cuda_linear import linear_into, reach, summaries
-from reeltime.sla.cuda_mask import choose, compress, dense, pool, unfit
+from reeltime.sla.cuda_linear import branch, summaries
+from reeltime.sla.cuda_mask import choose, compress, pool, unfit
 
 RUN = 16 * BLOCK  # keys of one summary where only the sum of all is wanted
 
@@ -78,12 +78,6 @@ def _unfit_sparse(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     )
 
 
-def encoded(q: Tensor, k: Tensor, v: Tensor, qk: str, pv: str, smooth: str | None) -> Operands:
-    """Plain tensors in 8 bits, as one segment."""
-    low = attention.encode(q, k, v, qk, pv, smooth)
-    return low._replace(k_code=low.k_code.unsqueeze(1), v_code=low.v_code.unsqueeze(1))
-
-
 @api.SPARSE_ATTENTION.kernel("cuda", unless=unless(0, check=_unfit_sparse))
 def sparse_attention(
     q: Tensor,
@@ -101,7 +95,7 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     return attention.run(
         q.unsqueeze(0),
-        encoded(q, k, v, qk, pv, smooth),
+        attention.encode(q, k, v, qk, pv, smooth).as_segment(),
         sm_scale=sm_scale,
         smooth=smooth,
         want_lse=True,
@@ -111,6 +105,14 @@ def sparse_attention(
 
 
 # --- Both branches ------------------------------------------------------------------------------
+
+
+def _choice(over: str, negligible: float) -> dict[str, Any]:
+    """What to choose: lists for attention, codes where the linear branch goes by them."""
+    return {
+        "negligible": negligible if over == "marginal" else None,
+        "want": "list" if over == "all" else "list code",
+    }
 
 
 def _unfit_sla(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
@@ -154,18 +156,14 @@ def sla(
     )
     choice = choose(
         *(pooled_q.mean, pooled_k.mean.transpose(0, 1), similar_q, similar_k, None, topk, topp),
-        *(negligible if over == "marginal" else None, sm_scale),
-        want="list" if over == "all" else "list code",
+        sm_scale=sm_scale,
+        **_choice(over, negligible),
     )
-    h, z = summaries(k, v, phi, RUN if over == "all" else block_k)
-    sums = reach(
-        *(over, choice, h.unsqueeze(1), z.unsqueeze(1), None, 1, q.dtype, proj_weight)
-    )  # fmt: skip
-    added = q.new_empty((*q.shape[:3], v.shape[3]))
-    linear_into(added, queries, *sums, proj_bias, block_q, phi, eps)
+    h, z = (x.unsqueeze(1) for x in summaries(k, v, phi, RUN if over == "all" else block_k))
+    added = branch(queries, over, choice, h, z, None, proj_weight, proj_bias, block_q, phi, eps)
     return attention.run(
         queries,
-        encoded(q, k, v, qk, pv, smooth),
+        attention.encode(q, k, v, qk, pv, smooth).as_segment(),
         sm_scale=sm_scale,
         smooth=smooth,
         want_lse=False,
@@ -216,12 +214,10 @@ def segment_sla(
     assert pooled.low is not None
     choice = choose(
         *(pooled.mean, k_mean, None, None, segments, topk, topp),
-        *(negligible if over == "marginal" else None, sm_scale),
-        want="list" if over == "all" else "list code",
+        sm_scale=sm_scale,
+        **_choice(over, negligible),
     )
-    sums = reach(over, choice, h, z, segments, q.shape[0], q.dtype, proj_weight)
-    added = q.new_empty(q.shape[1:])
-    linear_into(added, q, *sums, proj_bias, block_q, phi, eps, segments[0])
+    added = branch(q, over, choice, h, z, segments, proj_weight, proj_bias, block_q, phi, eps)
     return attention.run(
         q,
         Operands(

@@ -4,6 +4,7 @@
 summaries(k, v, phi, run)                 h = phi(K)^T V and z = sum of phi(K), of runs of keys
 reach(over, choice, h, z, segments, ...)  H and Z of the query blocks, projected, for linear_into
 linear_into(out, q, H, Z, bias, ...)      out = phi(q) H / (phi(q) Z + eps) + bias
+branch(q, over, choice, h, z, ...)        both, for sla
 
 H is [O, B, H or H_kv, rows or 1, D, E] float32, or as linear_into reads it [..., terms, D, E]
 bfloat16, whose sum over `terms` it is: as many as a query of that dtype is worth.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reeltime import native
-from reeltime.attention.cuda import aligned
+from reeltime.attention.cuda import aligned, unfit_dims
 from reeltime.native import code, code_of, launch, strides, unless
 from reeltime.sla import api
 from reeltime.sla.arguments import PHI
@@ -29,16 +30,6 @@ TERMS = {torch.bfloat16: 1, torch.float16: 2, FLOAT32: 3}  # kTermsOf of csrc/sl
 # Which codes the linear branch sums: of a Choice, and of lists that were expanded
 COVERED = {"unselected": 0b1100, "marginal": 0b0100}
 COVERED_LISTS = {"unselected": 0b0001, "marginal": 0b0010}
-
-
-def unfit(D: int, E: int) -> str | None:
-    """Which head dimensions the kernels do not take."""
-    if all(0 < dim <= 256 and dim % 16 == 0 for dim in (D, E)):
-        return None
-    return (
-        "its kernels take head dimensions that are multiples of 16 up to 256, not "
-        f"{' and '.join(map(str, dict.fromkeys((D, E))))}, which backend='triton' has"
-    )
 
 
 def _floats(x: Tensor) -> Tensor:
@@ -185,8 +176,29 @@ def linear_into(
     )
 
 
+def branch(
+    q: Tensor,  # [O, B, L, H, D]
+    over: str,
+    choice: Choice,
+    h: Tensor,  # as reach() takes them
+    z: Tensor,
+    segments: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    block_q: int,
+    phi: str,
+    eps: float,
+) -> Tensor:
+    """The linear branch [B, L, H, E], projected, for attention to add."""
+    sums = reach(over, choice, h, z, segments, q.shape[0], q.dtype, weight)
+    out = q.new_empty((*q.shape[1:4], h.shape[-1]))
+    table = None if segments is None else segments[0]
+    linear_into(out, q, *sums, bias, block_q, phi, eps, table)
+    return out
+
+
 def _unfit(q: Tensor, h: Tensor, *_: Any) -> str | None:
-    return unfit(*h.shape[3:])
+    return unfit_dims(*h.shape[3:])
 
 
 @api.LINEAR_ATTENTION.kernel("cuda", unless=unless(0, 1, 2, check=_unfit))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reeltime.attention.cuda import Lists, encode_query
-from reeltime.native import code, launch, strides
+from reeltime.native import code, dense, launch, strides
 from reeltime.rope_kv.reference import BLOCK
 
 ROWS_IN_SHARED = 2048  # kMostShared of csrc/sla/mask.h
@@ -33,11 +33,6 @@ def unfit(rows: int, n: int, dim: int) -> str | None:
     if n >= MOST_BLOCKS or rows * n >= 2**31:
         return f"its kernels count blocks in 32 bits, too few for {rows} x {n}"
     return None
-
-
-def dense(x: Tensor) -> Tensor:
-    """x with neighbouring channels."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Pooled(NamedTuple):
