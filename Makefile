@@ -13,8 +13,8 @@ THREADS := $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 4 ] && echo 4 || e
 
 JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 8 ] && echo 8 || echo $$n)
 
-.PHONY: help setup demo test lint bench bench-kernels bench-miniature gpu-check train-miniature voice \
-	clean
+.PHONY: help setup demo test lint bench bench-kernels bench-miniature tables gpu-check \
+	train-miniature voice clean
 
 help:
 	@echo "make demo             a ten-second stream from bundled examples: out/demo.mp4"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench            every benchmark"
 	@echo "make bench-kernels    every kernel beside its floor and its peers"
 	@echo "make bench-miniature  the miniature's quality table and picture"
+	@echo "make tables           README's table of kernels from bench/results/<gpu>.csv"
 	@echo "make gpu-check        on a GPU: build, tests, sanitizer, benchmarks into OUT=folder"
 	@echo "make train-miniature  train the bundled weights again"
 	@echo "make voice            speak the bundled voice again (needs espeak-ng)"
@@ -66,6 +67,9 @@ bench-kernels: $(STAMP)
 
 bench-miniature: $(STAMP)
 	$(BIN)/python -m reeltime.bench.bench_miniature --update-readme
+
+tables: $(STAMP)
+	$(BIN)/python -m reeltime.bench.tables --update README.md
 
 # Takes the Python that has torch for the GPU, with what is installed beside it; no .venv, no network.
 gpu-check:

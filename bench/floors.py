@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from reeltime.bench import hardware, harness
+from reeltime.bench.case import Case
 from reeltime.bench.ceilings import Ceilings
+from reeltime.bench.hardware import Card
 from reeltime.bench.rows import Row
 from reeltime.bench.shapes import Sizes
 
@@ -41,26 +43,28 @@ class Floor:
         return " ".join(part for part in (self.op, self.dtype, self.form, self.shape) if part)
 
 
+def floor(case: Case, card: Card) -> Floor:
+    ceilings = Ceilings.promised(card)
+    least = ceilings.floor_us(case.flops, case.bytes)
+    return Floor(
+        *(case.family, case.op, case.form, case.shape, case.dtype),
+        gflop=sum(case.flops.values()) / 1e9,
+        mbytes=case.bytes / 1e6,
+        card=card.name,
+        floor_us=least,
+        bound=ceilings.bound(case.flops, case.bytes),
+        expected_share=None if least is None else case.expected.share(card.name, least),
+        why=case.expected.why,
+    )
+
+
 def floors(families: Iterable[str], sizes: Sizes) -> list[Floor]:
-    found = []
-    for family in families:
-        for case in harness.cases(family, sizes):
-            for name in PLANNED:
-                ceilings = Ceilings.promised(hardware.lookup(name))
-                floor = ceilings.floor_us(case.flops, case.bytes)
-                found.append(
-                    Floor(
-                        *(case.family, case.op, case.form, case.shape, case.dtype),
-                        gflop=sum(case.flops.values()) / 1e9,
-                        mbytes=case.bytes / 1e6,
-                        card=name,
-                        floor_us=floor,
-                        bound=ceilings.bound(case.flops, case.bytes),
-                        expected_share=None if floor is None else case.expected.share(name, floor),
-                        why=case.expected.why,
-                    )
-                )
-    return found
+    return [
+        floor(case, hardware.lookup(name))
+        for family in families
+        for case in harness.cases(family, sizes)
+        for name in PLANNED
+    ]
 
 
 def as_rows(found: Iterable[Floor]) -> list[Row]:

@@ -28,7 +28,7 @@ from reeltime.bench.hardware import CARDS, Card
 from reeltime.model import flops
 from reeltime.model.config import PRESETS, ModelConfig
 from reeltime.model.flops import Work, Workload
-from reeltime.model.layout import LAYOUTS
+from reeltime.model.layout import LAYOUTS, StreamLayout
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,6 +37,7 @@ else:
 
 HERE = Path(__file__).parent
 HOST_US = 8.0  # of a CPU per operator that is launched eagerly, Python and dispatcher
+RESOLUTIONS = {"540p": (960, 544), "480p": (832, 480)}
 LINK_SHARE = 0.8  # of a link's data sheet, that exchanges of megabytes reach
 
 
@@ -63,16 +64,33 @@ class Target:
     first_frame_s: float | None = None
     tflop_per_frame: float | None = None
 
-    def model(self, preset: str | None = None) -> ModelConfig:
-        name = preset or self.preset
+    def at(self, preset: str) -> Target:
+        """With another geometry: "wan-1.3b", or "wan-1.3b-480p" at a resolution of its own.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        base, _, last = preset.rpartition("-")
+        name, size = (base, RESOLUTIONS[last]) if last in RESOLUTIONS else (preset, self.size)
         if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-        return replace(PRESETS[name], chunk=self.chunk, window=self.window)
+            raise ValueError(
+                f"preset: expected one of {', '.join(PRESETS)}, or one of them with "
+                f"{' or '.join(f'-{known}' for known in RESOLUTIONS)} behind it, got {preset!r}"
+            )
+        return replace(self, preset=name, size=size)
+
+    def model(self) -> ModelConfig:
+        return replace(PRESETS[self.preset], chunk=self.chunk, window=self.window)
 
     def workload(self, config: ModelConfig, **options: Any) -> Workload:
         space = self.stride[0]
         size = (self.size[1] // space, self.size[0] // space)
-        return Workload(config, LAYOUTS[self.layout](self.chunk, self.window), size, **options)
+        return Workload(config, self.stream_layout(), size, **options)
+
+    def stream_layout(self, name: str | None = None) -> StreamLayout:
+        """What its passes see, or would with the layout of another system."""
+        made = LAYOUTS[name or self.layout](self.chunk, self.window)
+        return replace(made, steps=self.steps)
 
     @property
     def frames(self) -> int:
@@ -170,8 +188,12 @@ class Way:
     captured: bool = False  # one CUDA graph
 
 
-def techniques(share: float | None) -> list[tuple[str, Way]]:
-    """The waterfall, each with everything above it."""
+def techniques(share: float | None, raw: bool = False) -> list[tuple[str, Way]]:
+    """The waterfall, each with everything above it.
+
+    raw: keys that are merged later, as a layout may ask for, are neither written once in 8 bits nor
+    selected by their summaries.
+    """
     ways = [("bf16, eager", Way())]
 
     def add(name: str, **change: Any) -> None:
@@ -180,8 +202,9 @@ def techniques(share: float | None) -> list[tuple[str, Way]]:
     add("fused norms, rope_kv", fused=True)
     add("W8A8 linear layers", quantize=True)
     add("8-bit attention", low_attention=True)
-    add("write-once cache", written_once=True)
-    if share is not None:
+    if not raw:
+        add("write-once cache", written_once=True)
+    if share is not None and not raw:
         add(f"sparse-linear at {share:.0%}", share=share)
     add("captured graph", captured=True)
     return ways
@@ -225,14 +248,6 @@ def requantised(work: Workload) -> Work:
     return Work("quantise window", "quant", work.config.num_layers, 0, moved)
 
 
-def rotated(work: Workload) -> Work:
-    """A window's keys rotated again in every pass, as published."""
-    c = work.config
-    row = (1, work.visible_tokens, c.num_heads, c.head_dim)
-    moved = rope_kv.bytes(*row, op="rope_on_cache")
-    return Work("rope_on_cache", "rope_kv", c.num_layers, 0, moved * c.num_layers)
-
-
 def works(base: Workload, way: Way) -> list[Work]:
     """Of one pass."""
     load = replace(
@@ -243,7 +258,8 @@ def works(base: Workload, way: Way) -> list[Work]:
     )
     found = load.denoising_pass()
     if not way.written_once:
-        found.append(rotated(load))
+        if not base.layout.compressed:  # which rotates its keys in every pass by itself
+            found.append(load.rotation())
         if way.low_attention:
             found.append(requantised(load))
     return found
@@ -336,7 +352,8 @@ def chunk_ms(
     reached: Mapping[str, Share],
 ) -> tuple[float, float, list[Line]]:
     """Milliseconds of a chunk, those of its floor, and what they are made of."""
-    found = [work.times(passes) for work in works(base, way)] + base.conditioning()
+    found = [work.times(passes) for work in works(base, way)]
+    found += base.compression() + base.conditioning()
     parts = lines(card, found, way, reached)
     taken = sum(line.expected_ms for line in parts) / gpus
     if not way.captured:
@@ -397,14 +414,16 @@ def plan(
     """The waterfall of a target on a card.
 
     Args:
-        preset: geometry; the target's own by default.
-        sla: share of the key blocks that sparse-linear attention selects; None: dense.
+        preset: geometry, as in `Target.at`; the target's own by default.
+        sla: share of the key blocks that sparse-linear attention selects; None: dense, which a
+            layout that compresses keys always is.
         gpus: cards side by side (Ulysses); the heads must be divisible.
         reached: shares of the floor; by default what was measured on the card, or expected.
     Raises:
         ValueError: names the argument, what was expected, what came.
     """
-    config = target.model(preset)
+    target = target if preset is None else target.at(preset)
+    config = target.model()
     if gpus < 1 or config.num_heads % gpus:
         fit = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
         raise ValueError(
@@ -414,10 +433,11 @@ def plan(
     if sla is not None and not 0 < sla <= 1:
         raise ValueError(f"sla: expected a share in (0, 1], got {sla}")
     base = target.workload(config)
+    sla = None if base.layout.compressed else sla
     reached = reached or shares(card)
     stages: list[Stage] = []
     parts: list[Line] = []
-    for name, way in techniques(sla):
+    for name, way in techniques(sla, raw=base.layout.compressed):
         taken, floor, parts = chunk_ms(card, base, way, target.passes, gpus, reached)
         gained = stages[-1].chunk_ms - taken if stages else 0.0
         frames = 1e3 * target.frames

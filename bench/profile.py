@@ -33,7 +33,6 @@ from reeltime.bench.profile_trace import CHUNK, OTHER, Event, Run, named_by, rea
 from reeltime.bench.rows import device_name
 from reeltime.bench.timing import quantiles
 from reeltime.model.kv_cache import StreamMemory
-from reeltime.model.layout import LAYOUTS
 from reeltime.model.miniature.weights import load_miniature
 from reeltime.model.quality import QUALITIES, Quality, quantize
 from reeltime.model.sampler import timesteps
@@ -45,15 +44,16 @@ MINIATURE = Target(
     "miniature", (128, 128), "vidu_s1", 2, 9, 3, True, "miniature", (8, 4), "two CPU cores", 0,
     "the avatar that ships, at its own resolution", fps=25.0,
 )  # fmt: skip
-RESOLUTIONS = {"540p": (960, 544), "480p": (832, 480)}
 SPARSE = 0.1  # share of the key blocks, of the quality levels that end in +sla
 DECODE = "decode"
 STOPPED = "stopped before it"
 Tick = Callable[[str], object]
 
 
-def goal(preset: str, target: str | None) -> Target:
-    """What is run, and what it must reach.  "wan-1.3b-540p": a geometry at another resolution.
+def goal(preset: str | None, target: str | None) -> Target:
+    """What is run, and what it must reach.
+
+    preset: as in `Target.at`, or "miniature", which is its own target; None: the target's.
 
     Raises:
         ValueError: no such preset or target.
@@ -63,12 +63,8 @@ def goal(preset: str, target: str | None) -> Target:
         checks.choice("target", target or MINIATURE.name, (MINIATURE.name,))
         return MINIATURE
     checks.choice("target", target or "vidu-s1", tuple(known))
-    one = known[target or "vidu-s1"]
-    base, _, last = preset.rpartition("-")
-    if last in RESOLUTIONS:
-        one, preset = replace(one, size=RESOLUTIONS[last]), base
-    one.model(preset)  # which knows the presets
-    return replace(one, preset=preset)
+    found = known[target or "vidu-s1"]
+    return found if preset is None else found.at(preset)
 
 
 # --- Ways to run it -----------------------------------------------------------------------------
@@ -121,7 +117,7 @@ class Rig:
     def __init__(self, target: Target, setting: Setting, device: torch.device) -> None:
         self.device, self.draw = device, torch.Generator(device).manual_seed(0)
         dtype = wide(device)
-        config = target.model(target.preset)
+        config = target.model()
         self.codec = None
         if target.preset == MINIATURE.preset:
             net, codec = load_miniature(dtype=dtype)
@@ -133,9 +129,8 @@ class Rig:
         config = quantize(net, setting.level).config
         space, (p, q) = target.stride[0], config.patch
         columns, lines = (n // space for n in target.size)
-        layout = LAYOUTS[target.layout](target.chunk, target.window)
         self.memory = StreamMemory(
-            config, layout, (lines // p, columns // q),
+            config, target.stream_layout(), (lines // p, columns // q),
             rope_on_cache=setting.rope_on_cache, kv_format=setting.level.kv_format, dtype=dtype,
             device=device, backend=setting.backend,
         )  # fmt: skip
@@ -221,7 +216,7 @@ def traced(rig: Rig) -> tuple[list[Run], list[Event]]:
 
     def one() -> tuple[list[Run], list[Event]]:
         events: list[Event] = []
-        with named(), tracing(rig.device, events):
+        with named(rig.device), tracing(rig.device, events):
             for _ in range(2):  # the first has the profiler's own first time in it
                 rig.chunk(record_function)
                 if gpu:
@@ -355,7 +350,7 @@ def measure(
     found = Profile(
         device_name(device) or "host", gpu, target.preset, target.name, target.fps, target.size,
         setting.level.name, str(wide(device))[6:], setting.backend, setting.captured,
-        target.steps + 1, target.frames,
+        target.steps + (not target.stream_layout().stepped), target.frames,
     )  # fmt: skip
     times: list[dict[str, float]] = []
     try:

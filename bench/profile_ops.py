@@ -60,6 +60,7 @@ OPS = {
     "gated_residual_norm": "norm.gated_residual_norm",
     "write": "rope_kv.write",
     "query": "rope_kv.query",
+    "rope_on_cache": "rope_kv.rope_on_cache",
     "cross_norm": "rope_kv.query",
     "context_norm": "rope_kv.query",
     "cross_attention": "attention",
@@ -69,7 +70,7 @@ OPS = {
 
 def work(target: Target, level: Quality, itemsize: int) -> dict[str, list[Work]]:
     """Of a chunk, by the op that does it."""
-    config = target.model(target.preset)
+    config = target.model()
     if level.topk is not None:
         config = replace(config, sla=SparseLinear(level.topk))
     contexts, tokens = conditions(config)
@@ -81,7 +82,7 @@ def work(target: Target, level: Quality, itemsize: int) -> dict[str, list[Work]]
     attends = "attention.segment_attention" if level.topk is None else "sla.segment_sla"
     names = OPS | {"self_attention": attends}
     found: dict[str, list[Work]] = {}
-    for one in load.chunk(target.steps):  # a Step always has a cache pass
+    for one in load.chunk(target.steps, cache_pass=not load.layout.stepped):  # as a Step has it
         if one.name == "cross_key_value" and level.linear:
             one = replace(one, family="gemm_w8a8")
         if one.name in sizes:

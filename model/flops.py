@@ -105,6 +105,11 @@ class Workload:
             raise ValueError(f"quantize: expected one of {QUANTIZE}, got {self.quantize!r}")
         if self.cache not in CACHES:
             raise ValueError(f"cache: expected one of {CACHES}, got {self.cache!r}")
+        if self.layout.compressed and (self.cache != "plain" or self.share is not None):
+            raise ValueError(
+                f"layout: {self.layout.name} merges raw keys: expected a plain cache and no share, "
+                f"got cache {self.cache!r} and share {self.share}"
+            )
 
     @property
     def _context_tokens(self) -> int:
@@ -128,8 +133,8 @@ class Workload:
     @property
     def visible_frames(self) -> int:
         """Latent frames that a query sees."""
-        frames = self.layout.window
-        return frames if self.position is None else min(self.position + self.layout.chunk, frames)
+        layout, position = self.layout, self.position
+        return layout.window if position is None else layout.visible(position)
 
     @property
     def window_bytes(self) -> int:
@@ -156,7 +161,7 @@ class Workload:
         """One pass over a chunk: a denoising step, or the cache pass."""
         c, item, batch, tokens = self.config, self.itemsize, self.batch, self.tokens
         d, heads, layers, chunk = c.dim, c.num_heads, c.num_layers, self.layout.chunk
-        offsets = 2 if self.layout.repositioned else 1
+        offsets = 2 if self.layout.repositioned and not self.layout.compressed else 1
         kv_item = 1 if self.cache == "int8" else item
         row = (batch, tokens, heads, c.head_dim)
         seen = (batch, tokens, self.visible_tokens, heads, c.head_dim)
@@ -220,6 +225,7 @@ class Workload:
                 layers * rope_kv.flops(*row, offsets=offsets),
                 layers * rope_kv.bytes(*row, offsets=offsets, itemsize=item),
             ),
+            *([self.rotation()] if self.layout.compressed else []),
             self_attention,
             *self._requantise(),
             self._quantised("self_out", d, d),
@@ -240,6 +246,25 @@ class Workload:
         ]
         return works
 
+    def rotation(self) -> Work:
+        """A pass's window of keys, rotated when it is read."""
+        c = self.config
+        row = (self.batch, self.visible_tokens, c.num_heads, c.head_dim)
+        moved = rope_kv.bytes(*row, op="rope_on_cache", itemsize=self.itemsize)
+        count = rope_kv.flops(*row) - 4 * self.visible_tokens * self.batch * c.dim  # no norm
+        return Work("rope_on_cache", "rope_kv", 1, count, moved).times(c.num_layers)
+
+    def compression(self) -> list[Work]:
+        """What a chunk adds to memory: keys and values of all caches, some frames made of more."""
+        layout, c = self.layout, self.config
+        if not layout.compressed:
+            return []
+        memory = layout.capacity("memory")
+        frame = 2 * self.batch * self.grid[0] * self.grid[1] * c.dim  # elements
+        read, written = (n * layout.steps * frame for n in (memory * layout.every, memory))
+        work = Work("compress", "rope_kv", 1, 2 * read, (read + written) * self.itemsize)
+        return [work.times(c.num_layers)]
+
     def conditioning(self) -> list[Work]:
         """What a new context costs: its embedding, and its keys and values in every layer."""
         c, d, layers = self.config, self.config.dim, self.config.num_layers
@@ -258,7 +283,7 @@ class Workload:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         works = [w.times(steps + cache_pass) for w in self.denoising_pass()]
-        return works + (self.conditioning() if new_context else [])
+        return works + self.compression() + (self.conditioning() if new_context else [])
 
     def _linear(self, name: str, m: int, n: int, k: int) -> Work:
         """A matrix product in `itemsize` bytes."""

@@ -8,11 +8,18 @@ Every layer owns `rope_kv.KVCache` slots, one per latent frame, in four regions:
     | noisy ring | history from denoising step `noisy_step` (TwinCache), at no extra pass  |
     | scratch    | the chunk being denoised, where no ring wants it                        |
 
+or, where every denoising step has a cache of its own, the kept frames that all of them share, and a
+region for each step: its kept frames, its ring and its memory.
+
 Latent frame p of the stream (the picture is frame 0) lives in slot p while p < kept, and in ring
-slot (p - kept) % ring after that.  Keys carry the rotation of p; where the layout repositions, the
-query is rotated once more for the kept slots, to where it stands in the window:
-q.k depends on the difference only.  All of this is computed on the device from one counter, so
-filling and steady state are the same operations.
+slot (p - kept) % ring after that.  A frame that will be promoted is known when it is written: it
+has a longer ring from the start, so that promoting it moves nothing.  Keys carry the rotation of p;
+where the layout repositions, the query is rotated once more for the kept slots, to where it stands
+in the window: q.k depends on the difference only.  All of this is computed on the device from one
+counter, so filling and steady state are the same operations.
+
+Keys that are merged with others (`compress`) are raw, and rotated on read: a mean of rotated keys
+is no rotated mean.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from .config import ModelConfig
 from .layers import SelfAttention
 from .layout import StreamLayout
 
-PASSES = ("intermediate", "noisy", "final", "cache")
+PASSES = ("intermediate", "noisy", "final", "cache")  # or a kind for each step with its own cache
 
 # How keys and values are stored: the format of rope_kv.make_cache, and the dtype of values in it.
 KV_FORMATS: dict[str, tuple[str, torch.dtype | None]] = {
@@ -78,7 +85,13 @@ class StreamMemory:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.layout, self.grid, self.backend = config, layout, grid, backend
-        self.rope_on_cache = rope_on_cache
+        self.rope_on_cache = rope_on_cache or layout.compressed
+        if layout.compressed and (config.sla is not None or kv_format != "plain"):
+            what = f"kv_format {kv_format!r}" if config.sla is None else "sparse-linear attention"
+            raise ValueError(
+                f"layout: expected none that compresses with {what}, got {layout.name!r}. Merged "
+                "keys are raw and rotated on read: kv_format 'plain' and dense attention work."
+            )
         if rope_on_cache and config.sla is not None:
             raise ValueError(
                 "rope_on_cache: expected False with sparse-linear attention, got True. Summaries "
@@ -95,17 +108,29 @@ class StreamMemory:
                 f"rope_on_cache: expected False with kv_format {kv_format!r}, got True. Keys in 8 "
                 "bits are scored as they are stored, so the query is moved instead."
             )
-        self.kept = layout.window - layout.chunk - layout.capacity("history")
-        self.history = layout.capacity("history")
-        self.ring = self.history + layout.chunk
-        self.clean_base = self.kept
-        self.noisy_base = self.clean_base + self.ring
-        self.scratch = self.noisy_base + (self.ring if layout.twin else 0)
+        self.kept = layout.capacity("picture", "first_state")
+        self.memory, self.history = layout.capacity("memory"), layout.capacity("history")
+        self.shared = self.kept - sum(
+            s.capacity for s in layout.segments if s.evict == "keep" and s.cache == "step"
+        )
+        # In the order of a region: kept frames, the ring of those that will be promoted, that of
+        # all others, and memory twice: the frames that are merged and those that come of it.
+        live, every = self.history + layout.chunk, layout.every
+        self.promoted = self.memory + -(-live // every) if layout.evict == "promote" else 0
+        self.ring = live - live // every if self.promoted else live
+        merged = 2 * self.memory if layout.compressed else 0
+        self.region = self.kept - self.shared + self.promoted + self.ring + merged
+        count = layout.steps if layout.stepped else 1 + layout.twin
+        self.bases = [self.shared + i * self.region for i in range(count)]
+        self.clean_base, self.noisy_base = self.bases[0], self.bases[-1]
+        self.scratch = self.shared + count * self.region
+        slots = self.scratch + (0 if layout.stepped else layout.chunk)
+        self.kinds = tuple(f"step {i}" for i in range(count)) if layout.stepped else PASSES
         tokens = grid[0] * grid[1]
         self.caches = [
             rope_kv.make_cache(
                 batch,
-                self.scratch + layout.chunk,
+                slots,
                 tokens,
                 config.num_heads,
                 config.head_dim,
@@ -126,12 +151,44 @@ class StreamMemory:
         """Bytes of the cache, constant over a stream of any length."""
         return sum(c.nbytes() for c in self.caches)
 
+    @property
+    def lasting(self) -> tuple[str, ...]:
+        """Kinds of passes whose keys and values are history."""
+        if self.layout.stepped:
+            return self.kinds
+        return ("noisy", "cache") if self.layout.twin else ("cache",)
+
     def _slot(self, p: Tensor, base: int) -> Tensor:
-        """The slot of latent frame p, its history in the ring that starts at base."""
-        return torch.where(p < self.kept, p, base + (p - self.kept) % self.ring)
+        """The slot of latent frame p in the region that starts at base."""
+        ring, since = base + self.kept - self.shared, p - self.kept
+        slot = ring + self.promoted
+        if self.promoted:
+            turn = (since + 1) // self.layout.every  # the promoted ones up to p
+            last = (since + 1) % self.layout.every == 0
+            slot = torch.where(
+                last, ring + (turn - 1) % self.promoted, slot + (since - turn) % self.ring
+            )
+        else:
+            slot = slot + since % self.ring
+        return torch.where(p < self.kept, torch.where(p < self.shared, p, ring + since), slot)
+
+    def _merged(self, base: int, before: int = 0) -> Tensor:
+        """Slots of the memory that was merged for this chunk, or for one before."""
+        turn = (self.position // self.layout.chunk - before) % 2
+        index = torch.arange(self.memory, device=self.device)
+        return base + self.region + (turn - 2) * self.memory + index
+
+    def _remembered(self) -> tuple[Tensor, Tensor]:
+        """Where memory's latent frames stand in the stream, and which of them there are."""
+        layout, age = self.layout, torch.arange(self.memory, device=self.device).flip(0)
+        left = self.position - self.kept - self.history  # the history, so far
+        if layout.compressed:  # as if each were one frame, right behind the history
+            return self.position - self.history - 1 - age, age * layout.every < left
+        turn = left // layout.every - age
+        return self.kept + turn * layout.every - 1, turn > 0
 
     def make_plans(self, frames: int | None = None) -> dict[str, Plan]:
-        """The plan of every kind of pass (see `PASSES`) over the next `frames` latent frames.
+        """The plan of every kind of pass (see `kinds`) over the next `frames` latent frames.
 
         No host synchronisation: `position` stays on the device.
         """
@@ -140,25 +197,43 @@ class StreamMemory:
         current = self.position + step  # (F,) positions in the stream
         kept = torch.arange(self.kept, device=self.device)
         past = self.position - self.history + torch.arange(self.history, device=self.device)
-        kept_slots = torch.where(kept < self.position, kept, -1)
-        old = past >= self.kept
-        clean = torch.where(old, self._slot(past, self.clean_base), -1)
-        own_clean, own_scratch = self._slot(current, self.clean_base), self.scratch + step
-        noisy, own_noisy = clean, own_scratch
-        if self.layout.twin:
-            noisy = torch.where(old, self._slot(past, self.noisy_base), -1)
-            ring = self._slot(current, self.noisy_base)
-            own_noisy = torch.where(current < self.kept, own_scratch, ring)
+        memory, there = self._remembered()
 
-        # In the window the chunk stands at most behind kept frames and history: what lies
-        # between those two in the stream has been forgotten.
-        shift = (self.position - self.kept - self.history).clamp(min=0)
+        def behind(base: int) -> Tensor:
+            old = self._merged(base) if self.layout.compressed else self._slot(memory, base)
+            parts = (self._slot(kept, base), old, self._slot(past, base))
+            exist = torch.cat([kept < self.position, there, past >= self.kept])
+            return torch.where(exist, torch.cat(parts), -1)
+
+        if self.layout.stepped:
+            seen = {
+                kind: (behind(base), self._slot(current, base))
+                for kind, base in zip(self.kinds, self.bases, strict=True)
+            }
+        else:
+            clean, own_scratch = behind(self.clean_base), self.scratch + step
+            noisy, own_noisy = clean, own_scratch
+            if self.layout.twin:
+                noisy, ring = behind(self.noisy_base), self._slot(current, self.noisy_base)
+                own_noisy = torch.where(current < self.kept, own_scratch, ring)
+            seen = {
+                "intermediate": (noisy, own_scratch),
+                "noisy": (noisy, own_noisy),
+                "final": (clean, own_scratch),
+                "cache": (clean, self._slot(current, self.clean_base)),
+            }
+
+        # In the window the chunk stands at most behind kept frames, memory and history: what lies
+        # between the first and the others in the stream has been forgotten.
+        apart = self.layout.every if self.promoted else 1
+        shift = (self.position - self.kept - apart * self.memory - self.history).clamp(min=0)
         if not self.layout.repositioned:
             shift = torch.zeros_like(shift)
         key_table = cache_table = None
         if self.rope_on_cache:
             query_table = self._table(current - shift)[None]
-            cache_table = self._table(torch.cat([kept, past - shift, current - shift]))
+            window = torch.cat([memory, past, current]) - shift
+            cache_table = self._table(torch.cat([kept, window]))
         elif self.layout.repositioned:
             query_table = self._table(torch.stack([current, current - shift]))
             key_table = query_table[0]
@@ -166,27 +241,39 @@ class StreamMemory:
             query_table = self._table(current)[None]
             key_table = query_table[0]
         offset_index = torch.zeros(
-            self.kept + self.history + frames, dtype=torch.int64, device=self.device
+            self.kept + self.memory + self.history + frames, dtype=torch.int64, device=self.device
         )
         if query_table.shape[0] > 1:
             offset_index[: self.kept] = 1
-        seen = {
-            "intermediate": (noisy, own_scratch),
-            "noisy": (noisy, own_noisy),
-            "final": (clean, own_scratch),
-            "cache": (clean, own_clean),
-        }
         return {
             kind: Plan(
-                own,
-                torch.cat([kept_slots, history, own]),
-                offset_index,
-                key_table,
-                query_table,
-                cache_table,
+                own, torch.cat([old, own]), offset_index, key_table, query_table, cache_table
             )
-            for kind, (history, own) in seen.items()
+            for kind, (old, own) in seen.items()
         }
+
+    def compress(self) -> None:
+        """Before a chunk's passes: memory and what has left the history become memory, in every
+        layer and region.  Each new frame is the mean over time of `every` old ones, of those there
+        are.  It is written beside them, so that doing this twice is doing it once.
+        """
+        if not self.layout.compressed:
+            return
+        chunk, every = self.layout.chunk, self.layout.every
+        leaving = self.position - self.history - chunk + torch.arange(chunk, device=self.device)
+        before = self.position - chunk - self.kept - self.history  # had left, a chunk ago
+        age = torch.arange(self.memory, device=self.device).flip(0)
+        there = torch.cat([age * every < before, leaving >= self.kept])
+        there = there.float().view(self.memory, every, 1, 1, 1)
+        leaving, count = leaving.clamp(min=0), there.sum(1).clamp(min=1)
+        old = [x for b in self.bases for x in (self._merged(b, before=1), self._slot(leaving, b))]
+        new = [self._merged(b) for b in self.bases]
+        read, write = torch.cat(old), torch.cat(new)
+        for cache in self.caches:
+            for x in (cache.k, cache.v):
+                frames = x.index_select(1, read).unflatten(1, (-1, self.memory, every))
+                mean = (frames * there).sum(3) / count
+                x.index_copy_(1, write, mean.flatten(1, 2).to(x.dtype))
 
     def _table(self, positions: Tensor) -> Tensor:
         return rope_kv.rope_table(

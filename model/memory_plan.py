@@ -225,35 +225,31 @@ class MemoryPlan:
 
     Attributes:
         weights: parameters and buffers of the transformer.
-        caches: keys, values and summaries of every layer.
-        buffers: static inputs and outputs: latents, noise, conditions, plans.
+        caches: of every layer: keys, values, scales, summaries.
+        buffers: static inputs and outputs: conditions, and the latents, noise and plans of a pass.
         workspace: of each graph, what it has alive at once at most; one pool serves them all.
     """
 
     weights: int
-    caches: int
-    buffers: int
+    caches: dict[str, int]
+    buffers: dict[str, int]
     workspace: dict[str, int]
 
     @property
     def peak(self) -> int:
-        return self.weights + self.caches + self.buffers + max(self.workspace.values(), default=0)
+        held = (self.weights, *self.caches.values(), *self.buffers.values())
+        return sum(held) + max(self.workspace.values(), default=0)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Flat, for tables and --json."""
-        parts = {"weights": self.weights, "caches": self.caches, "buffers": self.buffers}
-        parts |= {f"workspace, {name}": size for name, size in self.workspace.items()}
-        return [
-            {"part": name, "bytes": size} for name, size in (parts | {"peak": self.peak}).items()
-        ]
-
-    def __str__(self) -> str:
-        rows = self.rows()
-        width = max(len(row["part"]) for row in rows)
-        return "\n".join(f"{row['part']:{width}}  {row['bytes'] / 2**20:10.1f} MiB" for row in rows)
+    def parts(self) -> dict[str, int]:
+        """Flat, for tables and --json.  The peak is their sum, with the largest workspace alone."""
+        groups = {"caches": self.caches, "buffers": self.buffers, "workspace": self.workspace}
+        found = {"weights": self.weights}
+        for group, sizes in groups.items():
+            found |= {f"{group}, {name}": size for name, size in sizes.items()}
+        return found | {"peak": self.peak}
 
 
-def held(tensors: Iterable[Tensor]) -> int:
+def held(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of distinct memory, as it was allocated."""
-    storages = (x.untyped_storage() for x in tensors)
+    storages = (x.untyped_storage() for x in tensors if x is not None)
     return sum({s._cdata: s.nbytes() for s in storages}.values())

@@ -145,18 +145,9 @@ def install(place: Place, level: Quality) -> Linear8:
 
 @torch.no_grad()
 def fill(layer: Linear8, weights: list[Tensor], biases: list[Tensor]) -> None:
-    """The weights of its parts, quantised: once, and never again.
-
-    One row of blocks at a time: float32 of a whole layer would be several times the layer.
-    """
-    wide, dtype = torch.cat(weights), layer.weight.dtype
-    codes = torch.empty(wide.shape, dtype=dtype, device=wide.device)
-    scales = torch.empty(layer.weight_scale.shape, dtype=torch.float32, device=wide.device)
-    for rows, out in zip(
-        wide.split(128), zip(codes.split(128), scales.split(1), strict=True), strict=True
-    ):
-        quant.quantize(rows, dtype=dtype, block_rows=128, out=out, backend="reference")
-    layer.weight, layer.weight_scale = codes, scales
+    """The weights of its parts, quantised: once, and never again."""
+    wide = torch.cat(weights)
+    layer.weight, layer.weight_scale = quant.quantize_weight(wide, dtype=layer.weight.dtype)
     layer.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
 
 

@@ -5,7 +5,7 @@ Three graphs, whatever the layout, the phase of the stream and the number of ste
 
     | graph     | replayed                | what it does                                           |
     | --------- | ----------------------- | ------------------------------------------------------ |
-    | plan      | once per chunk          | slots, block tables and rotations of all its passes    |
+    | plan      | once per chunk          | memory; slots, block tables, rotations of all passes   |
     | condition | when conditions changed | cross-attention keys and values of every layer         |
     | pass      | per step, and to cache  | one forward, the next noise level, the stream's clock  |
 
@@ -31,7 +31,7 @@ from torch import Tensor
 from reeltime import backends
 
 from .config import ModelConfig
-from .kv_cache import PASSES, Plan, StreamMemory
+from .kv_cache import Plan, StreamMemory
 from .layout import StreamLayout
 from .memory_plan import MemoryPlan, Recorder, Recording, held
 from .quality import Quality, shape
@@ -40,26 +40,24 @@ from .transformer import CausalTransformer, Context
 
 # --- Names for profilers ------------------------------------------------------------------------
 
-_naming = False
+_named: str | None = None  # the kind of device whose ranges are on
 
 
 def span(name: str) -> AbstractContextManager[Any]:
-    """A range of that name in a profile while `named` is on, and nothing at all otherwise."""
-    if not _naming:
+    """A range of that name in a profile inside of `named`, and nothing at all elsewhere."""
+    if _named is None:
         return nullcontext()
-    if torch.cuda.is_available():
-        return torch.cuda.nvtx.range(name)
-    return torch.profiler.record_function(name)
+    return torch.cuda.nvtx.range(name) if _named == "cuda" else torch.profiler.record_function(name)
 
 
 @contextmanager
-def named() -> Iterator[None]:
+def named(device: torch.device) -> Iterator[None]:
     """Inside, every graph and every op of ours is a range: "pass intermediate", "norm.norm".
 
-    NVTX on a GPU (a replay is one range; its kernels were named when they were captured), and
-    ranges of torch.profiler without one.
+    device: where they run.  On a GPU a range is NVTX's (a replay is one; its kernels were named
+    when they were captured), elsewhere torch.profiler's, whatever else the machine has.
     """
-    global _naming
+    global _named
 
     def ranged(op: backends.Op) -> Callable[..., Any]:
         run, name = op.run, f"{op.family}.{op.name}"
@@ -70,13 +68,13 @@ def named() -> Iterator[None]:
 
         return call
 
-    _naming = True
+    _named = device.type
     for op in backends.OPS.values():
         op.run = ranged(op)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _naming = False
+        _named = None
         for op in backends.OPS.values():
             del op.run  # of the instance: the class's own is back
 
@@ -118,7 +116,7 @@ CAPTURES: dict[str, Callable[..., dict[str, Graph]]] = {"cuda": cuda_graphs}
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward: its kind (`kv_cache.PASSES`), its timestep, and the one it renoises to."""
+    """One forward: its kind (`StreamMemory.kinds`), its timestep, and the one it renoises to."""
 
     kind: str
     t: float
@@ -126,16 +124,18 @@ class Pass:
 
 
 def passes(timesteps: tuple[float, ...], layout: StreamLayout) -> tuple[Pass, ...]:
-    """Denoising steps, then the cache pass.
+    """Denoising steps, then the cache pass, unless every step has a cache of its own.
 
     The noisy cache comes from an intermediate step, so it is never the last one.
     """
     last = len(timesteps) - 1
     noisy = min(layout.noisy_step, last - 1)
     kinds = ["noisy" if i == noisy else "intermediate" for i in range(last)] + ["final"]
+    if layout.stepped:
+        kinds = [f"step {i}" for i in range(last + 1)]
     after = (*timesteps[1:], 0.0)
     steps = [Pass(*parts) for parts in zip(kinds, timesteps, after, strict=True)]
-    return (*steps, Pass("cache", 0.0, 0.0))
+    return (*steps, *([] if layout.stepped else [Pass("cache", 0.0, 0.0)]))
 
 
 class Step:
@@ -165,21 +165,33 @@ class Step:
         self.transformer, self.memory, self.backend = transformer, memory, backend
         weight = transformer.patch_embedding.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.passes = passes(timesteps, memory.layout)
+        self.passes, layout = passes(timesteps, memory.layout), memory.layout
+        if layout.stepped and len(timesteps) > layout.steps:
+            raise ValueError(
+                f"timesteps: expected at most {layout.steps}, for which {layout.name} has caches, "
+                f"got {len(timesteps)}. dataclasses.replace(layout, steps=...) makes more."
+            )
         self.batch, self.size = memory.caches[0].k.shape[0], size
         wide = torch.promote_types(self.dtype, torch.float32)
-        shape = (self.batch, memory.layout.chunk, *size)
+        shape = (self.batch, layout.chunk, *size)
         self.latents = torch.zeros(shape, dtype=wide, device=self.device)
         self.noise = torch.zeros_like(self.latents)
-        # A row per pass: kind, timestep, its noise level, the next one's.
+        # A row per pass: kind, timestep, its noise level, the next one's; is it the cache pass; how
+        # many latent frames time goes on.
         self.rows = torch.tensor(
-            [(PASSES.index(p.kind), p.t, p.t / 1000, p.next_t / 1000) for p in self.passes],
+            [
+                (
+                    *(memory.kinds.index(p.kind), p.t, p.t / 1000, p.next_t / 1000),
+                    *(p.kind == "cache", layout.chunk if p is self.passes[-1] else 0),
+                )
+                for p in self.passes
+            ],
             dtype=torch.float64, device=self.device,
         )  # fmt: skip
         self.row = self.rows[0].clone()
         plans = memory.make_plans()
         self.write_slots, self.block_tables = self._lists(plans)
-        plan = plans["cache"]
+        plan = plans[memory.kinds[0]]
         self.shared = replace(
             plan,
             write_slots=self.write_slots[0],
@@ -197,19 +209,19 @@ class Step:
 
     # --- The regions that are captured ----------------------------------------------------------
 
-    @staticmethod
-    def _lists(plans: dict[str, Plan]) -> tuple[Tensor, Tensor]:
-        """What tells the kinds apart: slots to write [4, F], block tables [4, T]."""
-        kinds = [plans[kind] for kind in PASSES]
+    def _lists(self, plans: dict[str, Plan]) -> tuple[Tensor, Tensor]:
+        """What tells the kinds apart: slots to write [kinds, F], block tables [kinds, T]."""
+        kinds = [plans[kind] for kind in self.memory.kinds]
         slots, tables = ([getattr(p, n) for p in kinds] for n in ("write_slots", "block_table"))
         return torch.stack(slots), torch.stack(tables)
 
     def _plan(self) -> None:
+        self.memory.compress()
         plans = self.memory.make_plans()
         slots, tables = self._lists(plans)
         self.write_slots.copy_(slots)
         self.block_tables.copy_(tables)
-        fresh, shared = plans["cache"], self.shared
+        fresh, shared = plans[self.memory.kinds[0]], self.shared
         shared.query_table.copy_(fresh.query_table)
         shared.offset_index.copy_(fresh.offset_index)
         if shared.cache_table is not None and fresh.cache_table is not None:
@@ -227,7 +239,7 @@ class Step:
         )
 
     def plan_of(self, kind: Tensor) -> Plan:
-        """The plan of a kind of pass, chosen by its index [1] in `PASSES`, on the device."""
+        """The plan of a kind of pass, chosen by its index [1] in `kinds`, on the device."""
         return replace(
             self.shared,
             write_slots=self.write_slots.index_select(0, kind)[0],
@@ -235,18 +247,17 @@ class Step:
         )
 
     def _pass(self) -> None:
-        kind, t, level, next_level = self.row.unbind()
-        index, x = kind.long().view(1), self.latents
-        self.memory.plan = self.plan_of(index)
+        kind, t, level, next_level, cached, frames = self.row.unbind()
+        x = self.latents
+        self.memory.plan = self.plan_of(kind.long().view(1))
         out = self.transformer(
             x, t.expand(x.shape[:2]), self.context, self.memory, backend=self.backend
         )
         self.memory.plan = None
         level, next_level = level.to(x.dtype), next_level.to(x.dtype)
         x0 = to_x0(out.to(x.dtype), x, level, self.transformer.config.prediction)
-        cached = index == PASSES.index("cache")
-        x.copy_(torch.where(cached, x, add_noise(x0, self.noise, next_level)))
-        self.memory.position.add_(cached[0] * x.shape[1])
+        x.copy_(torch.where(cached > 0, x, add_noise(x0, self.noise, next_level)))
+        self.memory.position.add_(frames.long())
 
     @property
     def regions(self) -> dict[str, Callable[[], None]]:
@@ -315,10 +326,17 @@ class Step:
             return
         if not self.context:
             raise RuntimeError("Step: call condition() before capture()")
-        latents = self.latents.clone()
-        self.row.zero_()  # an intermediate pass: writes scratch slots
+        # An intermediate pass: writes scratch slots, or where every step has a cache of its own,
+        # slots of the first one's ring, which may hold what is still to be compressed.
+        self.row.zero_()
+        memory = self.memory
+        slots = memory.make_plans()[memory.kinds[0]].write_slots
+        caches = [x for c in memory.caches for x in (c.k, c.v) if memory.layout.compressed]
+        latents, before = self.latents.clone(), [x.index_select(1, slots) for x in caches]
         self.graphs = CAPTURES[self.device.type](self.regions, self.device)
         self.latents.copy_(latents)
+        for x, old in zip(caches, before, strict=True):
+            x.index_copy_(1, slots, old)
 
     # --- What it is -----------------------------------------------------------------------------
 
@@ -333,22 +351,26 @@ class Step:
             self.regions[name]()
         return recording
 
-    def held(self) -> dict[str, int]:
-        """Bytes that exist between two passes: weights, caches, buffers."""
+    def held(self) -> dict[str, Any]:
+        """Bytes that exist between two passes, as `MemoryPlan` names them."""
         net, memory, shared = self.transformer, self.memory, self.shared
-        caches = [
-            x for c in memory.caches for x in (c.k, c.v, c.k_scale, c.k_mean, c.v_scale, c.h, c.z)
-        ]
-        tables = (shared.offset_index, shared.query_table, shared.cache_table)
-        buffers = [
-            *(self.latents, self.noise, self.rows, self.row, self.write_slots, self.block_tables),
-            *(x for x in tables if x is not None),
-            *(memory.position, *self.inputs, *(x for pair in self.context for x in pair)),
-        ]
+        kinds = {"keys": "k", "values": "v", "scales": "k_scale k_mean v_scale", "summaries": "h z"}
+        found = {
+            kind: [getattr(c, name) for name in names.split() for c in memory.caches]
+            for kind, names in kinds.items()
+        }
+        plans = (self.write_slots, self.block_tables, shared.offset_index, shared.query_table)
+        buffers = {
+            "conditions": [*self.inputs, *(x for pair in self.context for x in pair)],
+            "passes": [
+                *(self.latents, self.noise, self.rows, self.row, memory.position),
+                *(*plans, shared.cache_table),
+            ],
+        }
         return {
             "weights": held([*net.parameters(), *net.buffers()]),
-            "caches": held(x for x in caches if x is not None),
-            "buffers": held(buffers),
+            "caches": {name: held(tensors) for name, tensors in found.items()},
+            "buffers": {name: held(tensors) for name, tensors in buffers.items()},
         }
 
     @torch.inference_mode()
@@ -402,7 +424,20 @@ def planned(
     step = Step(net, memory, size, (1000.0,), backend=backend)
     with kernels_first() if backend == "auto" else nullcontext():
         step.condition(*(torch.empty(x, dtype=dtype, device="meta") for x in contexts))
-        return step.memory_plan()
+        if config.num_layers <= 3 or level.wide:
+            return step.memory_plan()
+    # Layers that are alike: from the second on, each adds as many bytes to what is alive at once.
+    two, three = (
+        planned(
+            replace(config, num_layers=layers), layout, size, level, batch=batch,
+            contexts=contexts, dtype=dtype, rope_on_cache=rope_on_cache, kv_format=kv_format,
+            backend=backend,
+        ).workspace
+        for layers in (2, 3)
+    )  # fmt: skip
+    more = config.num_layers - 3
+    workspace = {name: size + more * (size - two[name]) for name, size in three.items()}
+    return MemoryPlan(**step.held(), workspace=workspace)
 
 
 @contextmanager

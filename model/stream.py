@@ -2,7 +2,8 @@
 """Streaming generation: picture in, chunks of video out, for ever, in constant memory.
 
 A chunk is denoised in a few passes over the window, each pass reading the memory as the layout
-says; a last pass at t = 0 (the cache pass) writes the clean keys and values that later chunks see.
+says; a last pass at t = 0 (the cache pass) writes the clean keys and values that later chunks see,
+where they see clean ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,7 +106,8 @@ class Stream:
         backend: str = "auto",
     ) -> None:
         config = transformer.config
-        self.transformer, self.codec, self.layout = transformer.eval(), codec.eval(), layout
+        self.transformer, self.codec = transformer.eval(), codec.eval()
+        self.layout = replace(layout, steps=steps)
         self.timesteps = timesteps(steps, config.shift)
         self.batch, self.backend, self.rope_on_cache = batch, backend, rope_on_cache
         self.kv_format = kv_format or transformer.quality.kv_format
@@ -141,9 +144,8 @@ class Stream:
         memory.position.zero_()
         plans = memory.make_plans(frames=1)
         embedded = self.transformer.embed_context(context.to(self.dtype), self.backend)
-        kinds = ["cache"]
-        if self.layout.twin and not memory.kept:  # the picture is history: both caches
-            kinds = ["noisy", "cache"]
+        # The picture is history unless it is kept: in every cache then
+        kinds = memory.lasting if not memory.shared else memory.lasting[-1:]
         times = torch.zeros(latents.shape[:2], dtype=torch.float64, device=self.device)
         for kind in kinds:
             memory.plan = plans[kind]
@@ -190,13 +192,14 @@ class Stream:
                 step.capture()
             step.plan()
             step.latents.copy_(self._noise())
-            last = len(step.passes) - 2
+            last = len(self.timesteps) - 1
             for index in range(last):
                 step.noise.copy_(self._noise())
                 step.run(index)
             step.run(last)
         with self.clock.phase("cache_pass"):
-            step.run(last + 1)
+            for index in range(last + 1, len(step.passes)):
+                step.run(index)
         return step.latents.to(self.dtype, copy=True)
 
     @torch.inference_mode()

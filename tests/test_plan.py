@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,11 +14,13 @@ import torch
 from PIL import Image
 
 from reeltime import cli
-from reeltime.bench import hardware, plan, rows
+from reeltime.bench import hardware, memory, plan, rows
 from reeltime.bench.plan import Share, Way
-from reeltime.model.config import PRESETS
+from reeltime.model.config import PRESETS, SparseLinear
 from reeltime.model.flops import Workload
-from reeltime.model.layout import self_forcing
+from reeltime.model.layout import layout, self_forcing
+from reeltime.model.quality import QUALITIES
+from reeltime.model.step import planned
 from reeltime.model.transformer import CausalTransformer
 
 TARGETS = plan.targets()
@@ -134,6 +138,22 @@ def test_targets_are_complete():
         assert base.tokens > 0
 
 
+def test_systems_are_planned_with_their_own_memory():
+    """Merged keys are raw: LiveAct's window is rotated in every pass, and has a cache per step."""
+    for name in ("vidu-s1", "flowact-r1", "liveact"):
+        one = TARGETS[name]
+        assert one.layout == name.replace("-", "_")
+        assert one.cache_pass != one.stream_layout().stepped
+    one = plan.plan(CARDS["H200"], TARGETS["liveact"], sla=0.1, gpus=2)
+    assert [x.name for x in one.stages][-2:] == ["8-bit attention", "captured graph"]
+    assert one.sla is None
+    assert {"rope_on_cache", "compress"} <= {line.name for line in one.lines}
+    assert one.tflop_per_frame == pytest.approx(TARGETS["liveact"].tflop_per_frame, rel=0.03)
+    base = TARGETS["liveact"].workload(TARGETS["liveact"].model())
+    frame = 2 * 40 * 5120 * 1024 * 2  # bytes of a latent frame: keys and values of 40 layers
+    assert base.cache_bytes == frame * (1 + 3 * (1 + 2 * 2 + 2 + 8))
+
+
 def test_unknown_field_of_a_target_is_refused(tmp_path, monkeypatch):
     (tmp_path / "targets.toml").write_text("[new]\nsize = [64, 64]\nstride = [8, 4]\nfsp = 3\n")
     monkeypatch.setattr(plan, "HERE", tmp_path)
@@ -173,6 +193,14 @@ def test_overview_has_every_card_and_target(capsys):
     assert all(name in out for name in (*CARDS, *TARGETS, "planned, not measured"))
 
 
+@pytest.mark.clock
+def test_all_targets_on_all_cards_are_planned_at_once(capsys):
+    """Two seconds are wanted, of which importing torch takes most."""
+    begun = time.process_time()
+    run(capsys, "--json")
+    assert time.process_time() - begun < 0.7
+
+
 def test_waterfall_of_one_card(capsys, tmp_path):
     chosen = ("--gpu", "rtx-5090", "--target", "vidu-s1")
     code, out, _ = run(capsys, *chosen)
@@ -189,6 +217,82 @@ def test_waterfall_of_one_card(capsys, tmp_path):
     assert row["stages"][-1]["fps"] == row["fps"]
 
 
+def test_a_preset_may_have_a_resolution(capsys):
+    """As `reeltime profile` has it."""
+    chosen = ("--gpu", "h200", "--target", "vidu-s1", "--sla", "0.1", "--json")
+    fps = {
+        name: json.loads(run(capsys, *chosen, "--preset", name)[1])["rows"][0]["fps"]
+        for name in ("wan-1.3b", "wan-1.3b-540p", "wan-1.3b-480p")
+    }
+    assert fps["wan-1.3b"] == fps["wan-1.3b-540p"] < fps["wan-1.3b-480p"]
+
+
+# --- Memory -------------------------------------------------------------------------------------
+
+
+def test_memory_at_every_level_is_that_of_the_step(capsys):
+    """--json has the bytes that the step itself plans, and the table the same."""
+    code, out, err = run(capsys, "--memory", "--preset", "wan-1.3b-480p", "--json")
+    assert code == 0
+    found = {row["quality"]: row for row in json.loads(out)["rows"]}
+    assert list(found) == list(QUALITIES)
+    config = PRESETS["wan-1.3b"]
+    for name, row in found.items():
+        level = QUALITIES[name]
+        sparse = level.topk and SparseLinear(level.topk)
+        step = planned(
+            replace(config, sla=sparse), layout("vidu_s1", config), (16, 60, 104), level,
+            contexts=[(1, 1, 512, 4096)],
+        )  # fmt: skip
+        assert row["peak_bytes"] == step.peak
+        assert row["caches_keys_bytes"] == step.caches["keys"]
+        assert row["workspace_pass_bytes"] == step.workspace["pass"]
+        assert f"{step.peak / 1e9:.2f}" in err
+        held = sum(size for part, size in row.items() if part.endswith("_bytes"))
+        work = [row[f"workspace_{region}_bytes"] for region in ("plan", "condition", "pass")]
+        assert row["peak_bytes"] == held - row["peak_bytes"] - sum(work) + max(work)
+        assert row["held_by"] == [c.name for c in CARDS.values() if step.peak <= 1e9 * c.memory_gb]
+        assert (row["width"], row["height"], row["layout"]) == (832, 480, "vidu_s1")
+        assert all(re.fullmatch("[a-z_]+", key) for key in row)
+        assert not any(isinstance(value, dict) for value in row.values())
+
+
+def test_memory_says_which_card_is_too_small(capsys):
+    chosen = ("--memory", "--preset", "wan-14b-540p", "--quality", "fp8", "--layout", "longlive")
+    code, out, _ = run(capsys, *chosen)
+    assert code == 0
+    lines = {line.split(",")[0].strip(): line for line in out.splitlines()}
+    assert "too small" in lines["RTX 4090"]
+    assert "fits" in lines["H200"]
+    assert "longlive: GB" in " ".join(out.split())
+    assert run(capsys, *chosen, "--gpu", "rtx-4090")[0] == 1
+    assert run(capsys, *chosen, "--gpu", "h200")[0] == 0
+    code, out, _ = run(capsys, "--memory", "--preset", "miniature", "--quality", "int8")
+    assert code == 0
+    assert "128 x 128, vidu_s1: MB" in " ".join(out.split())
+
+
+def test_planned_memory_is_near_that_of_the_step():
+    """First principles know neither static buffers nor what is alive at once but the largest."""
+    for name, share in (("fp8", None), ("fp8+sla", 0.1)):
+        peak = memory.held(VIDU, QUALITIES[name]).plan.peak
+        found = plan.plan(CARDS["H200"], VIDU, sla=share).memory_gb
+        assert found == pytest.approx(peak / 1e9, rel=0.03)
+
+
+def test_what_a_layout_cannot_have_is_left_out_and_told(capsys):
+    """Keys that are merged are not in 8 bits."""
+    code, out, err = run(capsys, "--memory", "--layout", "liveact", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert [row["quality"] for row in document["rows"]] == ["bf16"]
+    assert list(document["left_out"]) == list(QUALITIES)[1:]
+    assert "int8 left out: layout: expected none that compresses" in err
+    code, out, err = run(capsys, "--memory", "--layout", "liveact", "--quality", "int8")
+    assert (code, out) == (2, "")
+    assert "layout: expected none that compresses" in err
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     {
@@ -198,6 +302,14 @@ def test_waterfall_of_one_card(capsys, tmp_path):
         ("--sla", "1.5"): "sla: expected a share in",
         ("--gpus", "0"): "gpus: expected a divisor",
         ("--picture", "plan.txt"): "plan.txt",
+        ("--quality", "int8"): "quality: expected none without --memory, got 'int8'. Pass --mem",
+        ("--layout", "vidu_s1"): "layout: expected none without --memory",
+        ("--memory", "--sla", "0.1"): "sla: expected none with --memory, got 0.1",
+        ("--memory", "--gpus", "2"): "gpus: expected none with --memory, got 2",
+        ("--memory", "--quality", "int4"): "quality: expected one of bf16, int8",
+        ("--memory", "--layout", "sora"): "layout: expected 'vidu_s1' or",
+        ("--memory", "--preset", "wan-9b"): "miniature, or one of them with -540p or -480p",
+        ("--memory", "--target", "sora"): "target: expected 'vidu-s1'",
     }.items(),
 )
 def test_bad_input(capsys, arguments, said):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -428,6 +429,7 @@ def run(monkeypatch, capsys):
 
 
 def test_the_command(run, tmp_path):
+    tmp_path /= "made/for/it"
     code, out, err = run("--json", "--out", str(tmp_path), target=replace(TARGET, fps=1e9))
     assert code == 1
     document = json.loads(out)
@@ -482,12 +484,24 @@ def test_ctrl_c_among_the_chunks_keeps_those_before_it(monkeypatch):
     Page(profile_report.html(found))
 
 
+def test_what_cannot_be_written_is_told_before_anything_runs(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(profile, "measure", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    code, _, err = run("--out", str(tmp_path))
+    assert code == 2
+    assert "out: no permission to write to" in err
+    code, _, err = run("--out", str(tmp_path / "left"), "--backend", "fast")
+    assert code == 2
+    assert not list(tmp_path.iterdir())  # nothing is made for arguments that are wrong
+
+
 @pytest.mark.parametrize("arguments, message", [
     (("--preset", "wan-2b"), "preset: expected one of wan-1.3b"),
     (("--preset", "wan-1.3b-540p"), "preset: expected 'miniature' on a CPU"),
     (("--target", "vidu-s1"), "target: expected 'miniature'"),
     (("--quality", "int4"), "quality: expected one of bf16"),
-    (("--out", "/nowhere/at/all"), "out: no such folder"),
+    (("--out", __file__), "out: expected a folder, got a file"),
+    (("--out", f"{__file__}/profile"), "cannot be made: Not a directory"),
     (("--backend", "fast"), "backend: expected"),
     (("--device", "tpu"), "device: expected"),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -151,19 +152,22 @@ def sampled(config, name, noise):
         memory.plan = plan
         return net(x, torch.full(x.shape[:2], t, dtype=torch.float64), net.embed_context(c), memory)
 
+    own = name == "liveact"  # a cache for every step, and no cache pass
+    kinds = ("step 0", "step 1", "step 2") if own else ("intermediate", "noisy", "final")
     plans = memory.make_plans(1)
-    for kind in ("noisy", "cache") if name == "vidu_s1" and not memory.kept else ("cache",):
-        forward(normal(1, 1, 1, *SIZE), 0.0, normal(2, 1, 1, 3, 8), plans[kind])
+    forward(normal(1, 1, 1, *SIZE), 0.0, normal(2, 1, 1, 3, 8), plans[memory.kinds[-1]])
     memory.position += 1
     chunks = []
     for chunk in range(5):
+        memory.compress()
         plans, x = memory.make_plans(), next(noise)
-        for i, (t, kind) in enumerate(zip(times, ("intermediate", "noisy", "final"), strict=True)):
+        for i, (t, kind) in enumerate(zip(times, kinds, strict=True)):
             x = to_x0(forward(x, t, context(chunk), plans[kind]), x, t / 1000, config.prediction)
             if i < 2:
                 x = add_noise(x, next(noise), times[i + 1] / 1000)
         chunks.append(x)
-        forward(x, 0.0, context(chunk), plans["cache"])
+        if not own:
+            forward(x, 0.0, context(chunk), plans["cache"])
         memory.position += config.chunk
     return chunks
 
@@ -180,8 +184,9 @@ def test_a_stream_is_the_sampling_loop(name, prediction):
         assert torch.equal(made.next_latents(context(chunk)), want[chunk])
 
 
-def test_capture_leaves_the_stream_where_it_was(graphs):
-    eager, captured = (stream(capture=False) for _ in range(2))
+@pytest.mark.parametrize("name", ["vidu_s1", "liveact"])
+def test_capture_leaves_the_stream_where_it_was(graphs, name):
+    eager, captured = (stream(name, capture=False) for _ in range(2))
     for each in (eager, captured):
         for i in range(4):
             each.next_latents(context(i))
@@ -443,9 +448,10 @@ def test_the_plan_is_what_tensors_hold(name, level):
     step = step_of(name, level)
     plan = step.memory_plan()
     held = {p: n for p, n in storages().items() if p not in before}
-    assert plan.weights + plan.caches + plan.buffers == sum(held.values())
+    caches = sum(plan.caches.values())
+    assert plan.weights + caches + sum(plan.buffers.values()) == sum(held.values())
     assert plan.weights == sum(x.nbytes for x in step.transformer.state_dict().values())
-    assert plan.caches == step.memory.nbytes
+    assert caches == step.memory.nbytes
     for _ in range(3):
         step.plan()
         for index in range(len(step.passes)):
@@ -456,12 +462,31 @@ def test_the_plan_is_what_tensors_hold(name, level):
     assert plan.peak == sum(held.values()) + plan.workspace["pass"]
 
 
-def test_the_plan_as_rows_and_as_a_table():
-    plan = step_of().memory_plan()
-    rows = {row["part"]: row["bytes"] for row in plan.rows()}
-    assert list(rows)[:3] == ["weights", "caches", "buffers"]
-    assert rows["peak"] == plan.peak
-    assert [line.rsplit(maxsplit=2)[0].strip() for line in str(plan).splitlines()] == list(rows)
+def test_parts_of_a_plan():
+    """A peak is what is held and the largest workspace: graphs take turns in one pool."""
+    plan = step_of(level="int8+sla").memory_plan()
+    parts = plan.parts()
+    assert list(parts) == [
+        *("weights", "caches, keys", "caches, values", "caches, scales", "caches, summaries"),
+        *("buffers, conditions", "buffers, passes"),
+        *("workspace, plan", "workspace, condition", "workspace, pass", "peak"),
+    ]
+    assert all(size > 0 for size in parts.values())
+    work = [size for name, size in parts.items() if name.startswith("workspace")]
+    assert parts["peak"] == sum(parts.values()) - parts["peak"] - sum(work) + max(work)
+
+
+@pytest.mark.parametrize("name, level", FORMS)
+def test_many_layers_are_planned_by_two_and_three(name, level):
+    """As if all of them had run."""
+    config = replace(CONFIG, num_layers=6)
+    step = step_of(name, level, config=config)
+    plan = planned(
+        step.transformer.config, step.memory.layout, SIZE, QUALITIES[level],
+        contexts=[(1, CONFIG.chunk, 3, 8)], dtype=torch.float32, backend="reference",
+    )  # fmt: skip
+    assert plan.caches == step.held()["caches"]
+    assert plan.workspace == {region: step.record(region).peak for region in step.regions}
 
 
 @pytest.mark.parametrize("level", ["bf16", "int8", "int8+sla"])
@@ -475,7 +500,7 @@ def test_wan_is_planned_without_its_memory(level):
     memory = StreamMemory(
         config, where, (34, 60), kv_format=level.kv_format, dtype=torch.bfloat16, device="meta"
     )
-    assert plan.caches == memory.nbytes
+    assert sum(plan.caches.values()) == memory.nbytes
     if level.linear is None:
         assert plan.weights == 2 * 1_418_996_800
     else:
@@ -489,17 +514,40 @@ def test_wan_is_planned_without_its_memory(level):
 # --- Hooks --------------------------------------------------------------------------------------
 
 
-def test_ranges_are_there_when_asked_for_and_cost_nothing_otherwise():
+@pytest.mark.parametrize("gpu", [False, True], ids=["no GPU", "a GPU beside it"])
+def test_ranges_are_there_when_asked_for_and_cost_nothing_otherwise(monkeypatch, gpu):
+    """On a CPU they are torch.profiler's, whatever else the machine has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", None)
     step = step_of(level="int8")
-    assert steps.span("x") is not None
+    assert isinstance(steps.span("x"), nullcontext)
     assert all("run" not in vars(op) for op in backends.OPS.values())
-    with steps.named(), torch.profiler.profile() as profile:
+    with steps.named(CPU), torch.profiler.profile() as profile:
         step.plan()
         step.run(len(step.passes) - 1)
     names = {event.name for event in profile.events()}
     assert {"plan", "pass cache", "norm.norm_quantized", "gemm_w8a8.gemm_w8a8"} <= names
     assert "attention.segment_attention" in names
     assert all("run" not in vars(op) for op in backends.OPS.values())
+    assert isinstance(steps.span("x"), nullcontext)
+
+
+def test_ranges_of_a_gpu_are_those_of_nvtx(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def ranged(name):
+        entered.append(name)
+        yield
+
+    monkeypatch.setattr(torch.cuda.nvtx, "range", ranged)
+    step = step_of()
+    with steps.named(torch.device("cuda")):
+        step.run(0)
+    step.run(0)
+    assert entered[0] == "pass intermediate"
+    assert entered.count("pass intermediate") == 1
+    assert entered.count("attention.segment_attention") == CONFIG.num_layers
 
 
 def test_phases_of_a_step_can_be_timed():

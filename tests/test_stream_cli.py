@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from reeltime import cli, cli_stream
 from reeltime.model.codec import ConvCodec
 from reeltime.model.config import preset
+from reeltime.model.layout import LAYOUTS
 from reeltime.model.miniature import control, picture
 from reeltime.model.transformer import CausalTransformer
 
@@ -211,7 +212,7 @@ def test_same_seed_same_frames(command):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("layout", ["vidu_s1", "self_forcing", "longlive"])
+@pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_every_layout_and_step_count(command, layout, steps):
     done = command("stream", "--json", "--layout", layout, "--steps", str(steps))
     assert done.code == 0, done.err
@@ -405,7 +406,7 @@ def test_pace_is_kept_by_waiting(monkeypatch):
         (["--seconds", "nan"], "seconds: expected a length above 0, got nan"),
         (["--target-fps", "0"], "target-fps: expected frames per second above 0, got 0"),
         (["--target-fps", "nan"], "target-fps: expected frames per second above 0, got nan"),
-        (["--layout", "wan"], "layout: expected one of vidu_s1, self_forcing, longlive, got 'wan'"),
+        (["--layout", "wan"], f"layout: expected one of {', '.join(LAYOUTS)}, got 'wan'"),
         (["--checkpoint", "no"], "checkpoint: no transformer.safetensors in no"),
         (["--checkpoint", "broken"], "checkpoint: .*is not a safetensors file"),
     ],

@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from reeltime.arch import ARCHS, Arch
-from reeltime.cli_check import PIPED_WIDTH, progress
+from reeltime.cli_check import progress
 from reeltime.cli_stream import check_out
+from reeltime.cli_tables import report_console
 
 if TYPE_CHECKING:
     from reeltime.bench.port.report import Row
@@ -83,9 +84,7 @@ def port(
 
         rows = report.measure(archs, family or backends.FAMILIES, advance)
 
-    console = Console(stderr=as_json)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPED_WIDTH
+    console = report_console(as_json)
     draw(console, rows)
     if html is not None:
         names = ", ".join(one.name for one in archs)

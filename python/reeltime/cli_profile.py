@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reeltime.cli_check import PIPED_WIDTH, find_device, progress
-from reeltime.cli_plan import grid
+from reeltime.cli_check import find_device, progress
+from reeltime.cli_tables import grid, number, report_console
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from reeltime.bench.profile import Profile
 
 SHOWN = 12  # ops in the terminal; the page and --json have more
-UNMEASURED = "not measured"
 
 
 def register(app: typer.Typer) -> None:
@@ -68,7 +67,8 @@ def profile(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write report.html, profile.png and trace.json (for Perfetto) to this folder.",
+            help="Write report.html, profile.png and trace.json (for Perfetto) to this folder, "
+            "which is made where it is missing.",
             show_default=False,
         ),
     ] = None,
@@ -86,8 +86,6 @@ def profile(
     from reeltime.bench import profile as profiling
     from reeltime.model import quality as qualities
 
-    if out is not None:
-        check_folder(out)
     place = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     gpu = place.type == "cuda"
     checks.choice("backend", backend, backends.BACKENDS)
@@ -102,6 +100,8 @@ def profile(
         )  # fmt: skip
     level = qualities.named(quality or ("int8+sla" if gpu else "bf16"))
     setting = profiling.Setting(level, backend=backend, captured=gpu)
+    if out is not None:
+        make_folder(out)
     notes = Console(stderr=True, soft_wrap=True)
     with progress(notes, width=30) as bar:
         task = bar.add_task("", total=profiling.steps(setting, gpu, chunks))
@@ -116,9 +116,7 @@ def profile(
             aim, setting, place, chunks=chunks, tick=tick,
             note=lambda line: notes.print(Text(str(line), style="yellow")),
         )  # fmt: skip
-    console = Console(stderr=as_json)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPED_WIDTH
+    console = report_console(as_json)
     draw(console, found)
     if out is not None and found.chunks:
         write(out, found)
@@ -135,10 +133,14 @@ def default_preset(place: torch.device) -> str:
     return "wan-1.3b-540p" if place.type == "cuda" else "miniature"
 
 
-def check_folder(out: Path) -> None:
-    """Raises FileNotFoundError, ValueError: no such folder, or none that can be written to."""
-    if not out.is_dir():
-        raise FileNotFoundError(f"out: no such folder: {out}")
+def make_folder(out: Path) -> None:
+    """Raises ValueError, OSError: no folder, and none can be made there; or one that is closed."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: expected a folder, got a file: {out}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"out: {out} cannot be made: {error.strerror}") from error
     if not os.access(out, os.W_OK):
         raise ValueError(f"out: no permission to write to {out}")
 
@@ -153,10 +155,6 @@ def write(out: Path, found: Profile) -> None:
 
 
 # --- Tables -------------------------------------------------------------------------------------
-
-
-def number(value: float | None, form: str = "{:.2f}") -> str:
-    return UNMEASURED if value is None else form.format(value)
 
 
 def fill(table: Table, rows: Sequence[Sequence[str]]) -> Table:
@@ -174,7 +172,7 @@ def draw(console: Console, found: Profile) -> None:
         columns = ("phase", "ms", "share", "traced ms", "ops", "gaps")
         rows = [
             [x.phase, f"{x.ms:.2f}", f"{x.share:.1%}",
-             *(number(y) for y in (x.traced_ms, x.ops_ms, x.gap_ms))]
+             *(number(y, "{:.2f}") for y in (x.traced_ms, x.ops_ms, x.gap_ms))]
             for x in found.phases
         ]  # fmt: skip
         console.print(fill(grid("a chunk of median time", columns), rows))
@@ -190,7 +188,7 @@ def draw(console: Console, found: Profile) -> None:
         if rest:
             ms, share = sum(op.ms for op in rest), sum(op.share for op in rest)
             rows.append([f"{len(rest)} others", "", f"{ms:.2f}", f"{share:.1%}", "", ""])
-        gap = [number(found.gap_ms), number(found.gap_share, "{:.1%}")]
+        gap = [number(found.gap_ms, "{:.2f}"), number(found.gap_share, "{:.1%}")]
         rows.append(["lost between ops", "", *gap, "", ""])
         console.print(fill(grid("one chunk, traced", columns), rows))
     if found.stages:
@@ -200,7 +198,7 @@ def draw(console: Console, found: Profile) -> None:
             saved = "" if x.gained_ms is None else f"{x.gained_ms:+.1f}"
             fps = "" if x.fps is None else f"{x.fps:.1f}"
             planned = "" if x.planned_ms is None else f"{x.planned_ms:.1f}"
-            rows.append([x.technique, number(x.chunk_ms, "{:.1f}"), saved, fps, planned])
+            rows.append([x.technique, number(x.chunk_ms), saved, fps, planned])
         if found.gpu:
             heads.append("planned ms")
         rows = [row[: len(heads)] for row in rows]

@@ -379,7 +379,10 @@ def stream(
         ),
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="What a pass sees: vidu_s1, self_forcing or longlive.")
+        str,
+        typer.Option(
+            help="What a pass sees: vidu_s1, self_forcing, longlive, flowact_r1 or liveact."
+        ),
     ] = "vidu_s1",
     steps: Annotated[int, typer.Option(min=1, max=4, help="Denoising steps per chunk.")] = 3,
     seed: Annotated[
