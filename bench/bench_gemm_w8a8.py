@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gemm_w8a8: the products of the transformer, at their epilogues.  Bound by the tensor cores."""
+"""gemm_w8a8: the products of the transformer, at their epilogues.  Bound by the tensor cores.
+
+The kernel is judged by the operands in 8 bits that it was given; its format, as those of peers are,
+by the operands in bf16 that they were rounded from.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ import torch
 from reeltime import quant
 from reeltime.bench import harness, peers
 from reeltime.bench.bench_quant import BLOCKS, decoded
-from reeltime.bench.case import Case, Draw, Expected, Inputs, Judged
+from reeltime.bench.case import SEED, Case, Draw, Expected, Inputs, Judged
+from reeltime.bench.peers.gemm_w8a8 import bound
 from reeltime.bench.shapes import Sizes
 from reeltime.gemm_w8a8 import TOLERANCE, bytes, flops, gemm_w8a8
 from reeltime.quant.api import FORMATS
@@ -40,6 +45,11 @@ def cases(sizes: Sizes) -> Iterator[Case]:
                     yield product(M, C, C, format, block_rows=128)
 
 
+def operands(draw: Draw, M: int, N: int, K: int) -> Inputs:
+    """x and w in bf16, which a and b are rounded from; the first that is drawn."""
+    return {"x": draw(M, K), "w": draw(N, K) * K**-0.5}
+
+
 def product(
     M: int,
     N: int,
@@ -56,8 +66,8 @@ def product(
 
     def make(device: torch.device, seed: int) -> Inputs:
         draw, inputs = Draw(device, seed), {}
-        for name, rows, block in (("a", M, block_rows), ("b", N, 128)):
-            x = draw(rows, K) * (K**-0.5 if name == "b" else 1.0)
+        wide = operands(draw, M, N, K)
+        for name, x, block in (("a", wide["x"], block_rows), ("b", wide["w"], 128)):
             low = quant.quantize(x, dtype=FORMATS[format], block_rows=block, backend="reference")
             inputs[name], inputs[f"{name}_scale"] = low
         inputs["bias"] = draw(N)
@@ -69,14 +79,18 @@ def product(
         return gemm_w8a8(**inputs, **options, requantize=requantize, backend=backend)
 
     def judge(inputs: Inputs, results: Any) -> Iterator[Judged]:
-        given: Any = options | {"out_dtype": torch.float64, "backend": "reference"}
-        want = gemm_w8a8(**inputs, **given)
+        oracle: Any = {"out_dtype": torch.float64, "backend": "reference"}
+        want = gemm_w8a8(**inputs, **options, **oracle)
         if requantize is None:
             yield Judged("y", results, want, TOLERANCE["bfloat16"])
         else:
             yield Judged(
                 "y", decoded(results[0], results[1], block_rows), want, TOLERANCE[requantize]
             )
+        x, w = (x.double() for x in operands(Draw(want.device, SEED), M, N, K).values())
+        stored = [inputs[name] for name in ("a", "b", "a_scale", "b_scale")]
+        eight = gemm_w8a8(*stored, block_rows=block_rows, **oracle)
+        yield Judged("a b^T", eight, x @ w.t(), bound(format))
 
     form = {"none": "bias", "gelu": "GELU, requantised", "gated_residual": "gated residual"}
     moved = bytes(M, N, K, block_rows=block_rows, epilogue=epilogue, requantize=requantize)
@@ -86,7 +100,8 @@ def product(
     return Case(
         "gemm_w8a8", "gemm_w8a8_requantized" if requantize else "gemm_w8a8",
         f"{form[epilogue]}, {BLOCKS[block_rows]}", f"{M}x{N}x{K}", format,
-        {format: flops(M, N, K)}, moved, expected, make, run, judge, peers.products(M, N, K),
+        {format: flops(M, N, K)}, moved, expected, make, run, judge,
+        peers.products(M, N, K, lambda device, seed: operands(Draw(device, seed), M, N, K)),
     )  # fmt: skip
 
 

@@ -87,11 +87,12 @@ def one(
     form = {"layer": "LayerNorm, modulated", "rms": "RMSNorm, weight"}[kind]
     if quantize:
         form += f", {BLOCKS[block_rows]}"
-    return Case(
+    found = Case(
         "norm", op, form, f"{tokens.total}x{C}", quantize or "bf16",
         {"fp32": norm.flops(*size, gated=gated)}, moved, EXPECTED[op], make, run, judge,
         peers.copying(moved),
     )  # fmt: skip
+    return peers.beside(found, peers.norm.adapters(kind, gated, quantize, block_rows))
 
 
 def test_speed(benchmark: Any, case: Case) -> None:

@@ -50,10 +50,11 @@ def quantize(M: int, K: int, format: str, block_rows: int) -> Case:
         )
 
     moved = quant.bytes(M, K, block_rows=block_rows)
-    return Case(
+    found = Case(
         "quant", "quantize", BLOCKS[block_rows], f"{M}x{K}", format, {"fp32": quant.flops(M, K)},
         moved, EXPECTED["quantize"], make, run, judge, peers.copying(moved),
     )  # fmt: skip
+    return peers.beside(found, peers.quant.quantize(FORMATS[format], block_rows))
 
 
 def dequantize(M: int, K: int, format: str) -> Case:
@@ -69,10 +70,11 @@ def dequantize(M: int, K: int, format: str) -> Case:
         yield Judged("x", result, decoded(**inputs), TOLERANCE["bfloat16"])
 
     moved = quant.bytes(M, K)  # the same both ways
-    return Case(
+    found = Case(
         "quant", "dequantize", f"{format} 1x128", f"{M}x{K}", "bf16", {"fp32": M * K}, moved,
         EXPECTED["dequantize"], make, run, judge, peers.copying(moved),
     )  # fmt: skip
+    return peers.beside(found, peers.quant.dequantize())
 
 
 def decoded(xq: torch.Tensor, x_scale: torch.Tensor, block_rows: int = 1) -> torch.Tensor:

@@ -46,9 +46,10 @@ def case(op: str, form: str, tokens: Tokens, dtype: str, **parts: Any) -> Case:
     kept = [word for word in ("block", "slot") if word in form]
     expected = EXPECTED[", ".join([op, *kept])]
     moved = parts["bytes"]
-    return Case(
+    found = Case(
         "rope_kv", op, form, dtype=dtype, expected=expected, peers=peers.copying(moved), **parts
     )
+    return peers.beside(found, peers.rope_kv.adapters(op))
 
 
 def query(tokens: Tokens, model: ModelConfig, quantize: str | None) -> Case:

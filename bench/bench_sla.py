@@ -110,11 +110,12 @@ def block_mask(sizes: Sizes, share: float) -> Case:
 
     capacity = selected(share, columns)
     lists = 2 * (rows + 1) + rows * (capacity + columns)  # selected and marginal
-    return case(
+    found = case(
         sizes, "block_mask", f"top {share:.0%}", "fp32",
         flops={"fp32": 2 * B * H * rows * columns * D},
         bytes=4 * B * H * ((rows + columns) * D + lists), make=make, run=run, judge=judge,
     )  # fmt: skip
+    return peers.beside(found, peers.sla.mask_adapters(capacity))
 
 
 def sparse_attention(sizes: Sizes, share: float, qk: str | None, pv: str | None) -> Case:
@@ -142,12 +143,13 @@ def sparse_attention(sizes: Sizes, share: float, qk: str | None, pv: str | None)
 
     part = min(1.0, selected(share, columns) * BLOCK_K / S_kv)
     lists = 4 * B * H * (rows + 1 + rows * selected(share, columns))
-    return case(
+    found = case(
         sizes, "sparse_attention", f"top {share:.0%}", name(qk, pv), quantising=qk is not None,
         flops=halves(attention.flops(*shape) * part, qk, pv),
         bytes=attention.bytes(*shape) + lists, make=make, run=run, judge=judge,
         peers=peers.scaled_dot_product(*shape),
     )  # fmt: skip
+    return peers.beside(found, peers.sla.sparse_adapters())
 
 
 def linear_attention(sizes: Sizes) -> Case:
@@ -169,11 +171,12 @@ def linear_attention(sizes: Sizes) -> Case:
         yield Judged("out", result, want, TOLERANCE["bfloat16"])
 
     moved = 2 * 2 * B * S_q * H * D + 4 * B * columns * H * D * (D + 1)
-    return case(
+    found = case(
         sizes, "linear_attention", "all blocks", "bf16",
         flops={"bf16": 2 * B * H * S_q * D * (D + 1)}, bytes=moved, make=make, run=run,
         judge=judge, peers=peers.copying(moved),
     )  # fmt: skip
+    return peers.beside(found, peers.sla.linear_adapters())
 
 
 # --- All of it ----------------------------------------------------------------------------------
@@ -229,12 +232,13 @@ def plain(sizes: Sizes, share: float, qk: str | None, pv: str | None) -> Case:
         yield from judged(result, want, clear, tolerance(qk, pv, TOLERANCE))
 
     part = min(1.0, count * BLOCK_K / S_kv)
-    return case(
+    found = case(
         sizes, "sla", f"top {share:.0%}", name(qk, pv), quantising=qk is not None,
         flops=work(sizes, count, qk, pv), bytes=sla.bytes(*shape, share=part), make=make, run=run,
         judge=judge,
         peers=peers.scaled_dot_product(*shape),
     )  # fmt: skip
+    return peers.beside(found, peers.sla.sla_adapters(count))
 
 
 def segments(sizes: Sizes, share: float, values: str | None) -> Case:

@@ -15,6 +15,7 @@ from reeltime.checks import Tolerance
 
 Inputs = dict[str, Any]  # tensors by name, or what holds tensors
 POISON = 91  # of integers; of floating point, NaN
+SEED = 0  # of every input that is judged
 
 
 class Judged(NamedTuple):
@@ -53,11 +54,16 @@ class Expected:
         return Expected(self.h200 * part, self.rtx_5090 * part, self.why, launches)
 
 
+def unchanged(inputs: Inputs) -> Inputs:
+    return inputs
+
+
 @dataclass(frozen=True)
 class Peer:
-    """What PyTorch itself offers for the same work, or for moving the same bytes.
+    """Somebody else's kernel for the same work, or one that moves the same bytes.
 
-    Equal keys are measured once in a run.
+    Equal keys are measured once in a run.  `prepare` is not timed: weights and lists in a format
+    and layout of its own.  Without `judge` it computes nothing that could be judged: a ceiling.
     """
 
     name: str
@@ -66,7 +72,13 @@ class Peer:
     flops: Mapping[str, float]
     bytes: int
     make: Callable[[torch.device, int], Inputs]
-    run: Callable[[Inputs], Any]
+    run: Callable[[Inputs], Any]  # of what `prepare` makes of the inputs
+    judge: Callable[[Inputs, Any], Iterator[Judged]] | None = None  # of what `make` gives
+    prepare: Callable[[Inputs], Inputs] = unchanged
+    form: str = ""  # of its case, if it computes exactly that
+    library: str = "torch"
+    asked: bool = False  # measured only where peers were asked for
+    gpu: bool = False  # runs on nothing else
 
 
 @dataclass(frozen=True)

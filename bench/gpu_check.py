@@ -6,7 +6,7 @@ then runs tests, checks against float64, captured graphs, compute-sanitizer and 
 Each stage has a time limit and a log in OUT; one that fails stops no other.  No network is needed;
 a tree that is none of git's needs --commit for its benchmarks to be kept in a CSV.
 
-    python bench/gpu_check.py --out OUT [--only NAME] [--commit SHA] [--dry-run]
+    python bench/gpu_check.py --out OUT [--only NAME] [--commit SHA] [--against] [--dry-run]
 
 Exit code 0: every stage passed, or its tool is missing; 1: one did not; 2: bad input.
 """
@@ -79,8 +79,13 @@ class Outcome:
 # --- What is run --------------------------------------------------------------------------------
 
 
-def stages(root: Path, out: Path, commit: str | None, in_git: bool) -> list[Stage]:
-    """The build; then what is about being right, side by side; then what is timed, alone."""
+def stages(
+    root: Path, out: Path, commit: str | None, in_git: bool, against: bool = False
+) -> list[Stage]:
+    """The build; then what is about being right, side by side; then what is timed, alone.
+
+    against: beside every peer that is installed, which compiles for minutes: one family at a time.
+    """
     python = sys.executable
     reeltime = (python, "-m", "reeltime")
     pytest = (
@@ -124,9 +129,10 @@ def stages(root: Path, out: Path, commit: str | None, in_git: bool) -> list[Stag
         )
     kept: tuple[str, ...] = ("--out", str(out)) if commit or in_git else ("--json",)
     kept += ("--commit", commit) if commit else ()
+    peers, limit = (("--against", "peers"), 500) if against else ((), 100)
     for family in FAMILIES:
-        timed = (*reeltime, "bench", family, "--shapes", "dit", "--device", "cuda", *kept)
-        found.append(Stage(f"bench-{family}", f"bench-{family}", timed, 100))
+        timed = (*reeltime, "bench", family, "--shapes", "dit", "--device", "cuda", *kept, *peers)
+        found.append(Stage(f"bench-{family}", f"bench-{family}", timed, limit))
     timed = (*reeltime, "bench", "step", "--shapes", "tiny", "--device", "cuda", *kept)
     found.append(Stage("bench-step", "bench-step", timed, 100))
     return found
@@ -284,6 +290,9 @@ def main(
     commit: Annotated[
         str | None, typer.Option(help="What is measured; asked of git by default.")
     ] = None,
+    against: Annotated[
+        bool, typer.Option("--against", help="Benchmarks beside peers; with --only, for minutes.")
+    ] = False,
     limit: Annotated[float, typer.Option(help="Seconds for all of it.")] = 580.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan.")] = False,
 ) -> None:
@@ -291,7 +300,7 @@ def main(
     root = find_root()
     out = out.resolve()
     in_git = (root / ".git").exists() and shutil.which("git") is not None
-    plan = stages(root, out, commit, in_git)
+    plan = stages(root, out, commit, in_git, against)
     known = [stage.name for stage in plan]
     odd = sorted(set(only or ()) - set(known))
     if odd:

@@ -18,8 +18,9 @@ import torch
 from reeltime import arch, backends, checks
 from reeltime.arch import UnsupportedArchError
 from reeltime.bench import hardware
-from reeltime.bench.case import Case, Inputs, Judged, Peer, clone, nbytes, poison
+from reeltime.bench.case import SEED, Case, Inputs, Judged, Peer, clone, nbytes, poison
 from reeltime.bench.ceilings import Ceilings, measured
+from reeltime.bench.peers.libraries import Found
 from reeltime.bench.rows import Row, ceilings_of, conditions, device_name
 from reeltime.bench.sensors import Reading, Sensors
 from reeltime.bench.shapes import DIT, TINY, Sizes
@@ -32,7 +33,11 @@ Judge = Callable[[Inputs, Any], Iterator[Judged]]
 
 
 class WrongResultError(RuntimeError):
-    """A result is further from its oracle than the family's TOLERANCE."""
+    """A result is further from its oracle than its tolerance."""
+
+    def __init__(self, message: str, relative_l1: float | None = None) -> None:
+        super().__init__(message)
+        self.relative_l1 = relative_l1
 
 
 def cases(family: str, sizes: Sizes) -> list[Case]:
@@ -75,28 +80,41 @@ def plan(
     return served
 
 
-def verify(judged: Iterable[Judged]) -> None:
-    """Raises WrongResultError: one of the results is out of tolerance, or there are none."""
-    count = 0
+def verify(judged: Iterable[Judged]) -> float:
+    """The worst relative L1 of the results.
+
+    Raises:
+        WrongResultError: one of them is out of tolerance, or there are none.
+    """
+    errors: list[float] = []
     for what, got, want, tolerance in judged:
-        count += 1
         error = checks.accuracy(got, want)
+        errors.append(error.relative_l1)
         if not bool(want.isfinite().all()):
             raise WrongResultError(f"{what}: the oracle itself is not finite")
         if not tolerance.accepts(error):
             raise WrongResultError(
                 f"{what}: relative L1 {error.relative_l1:.2e} (at most {tolerance.relative_l1:g}), "
-                f"peak {error.peak:.2e} (at most {tolerance.peak:g})"
+                f"peak {error.peak:.2e} (at most {tolerance.peak:g})",
+                error.relative_l1,
             )
-    if not count:
+    if not errors:
         raise WrongResultError("no result was judged")
+    return max(errors)
 
 
 class Run:
-    """One run on one device: its ceilings, and the peers that it has measured so far."""
+    """One run on one device: its ceilings, and the peers that it has measured so far.
 
-    def __init__(self, device: torch.device, note: Callable[[str], object]) -> None:
+    against: libraries that were asked for; without any, the few of PyTorch that cost no time.
+    """
+
+    def __init__(
+        self, device: torch.device, note: Callable[[str], object], against: Iterable[Found] = ()
+    ) -> None:
         self.device, self.note = device, note
+        self.libraries = {found.name for found in against if found.why is None}
+        self.away: set[str] = set()  # peers that were asked for and need a GPU
         self.name = device_name(device)
         self.sensors = Sensors(device)
         self.peers: dict[str, Row] = {}
@@ -121,6 +139,14 @@ class Run:
         except UnsupportedArchError:
             return {}
 
+    def chosen(self, case: Case) -> list[Peer]:
+        """The peers of a case that this run measures."""
+        here = [peer for peer in case.peers if not peer.asked or peer.library in self.libraries]
+        if self.device.type == "cuda":
+            return here
+        self.away |= {peer.name for peer in here if peer.gpu}
+        return [peer for peer in here if not peer.gpu]
+
     def rows(self, case: Case, backend: str) -> list[Row]:
         """Of the peers that are new, then ours.
 
@@ -129,47 +155,69 @@ class Run:
         """
         if case.family != STEP:
             backends.OPS[case.op]  # a misspelt op is a mistake in the benchmark
+        peers = self.chosen(case)
         with torch.no_grad():
             ours = self.ours(case, backend)
-            fresh = [peer for peer in case.peers if peer.key not in self.peers]
+            fresh = [peer for peer in peers if peer.key not in self.peers]
             for peer in fresh:
                 self.peers[peer.key] = self.theirs(case, peer)
-        best = min(
-            (row for peer in case.peers if (row := self.peers[peer.key]).p50_us),
-            key=lambda row: row.p50_us or 0.0,
-            default=None,
-        )
+        best = fastest(self.peers[peer.key] for peer in peers)
         if best is not None:
             ratio = best.p50_us / ours.p50_us if best.p50_us and ours.p50_us else None
-            ours = replace(ours, best_peer=best.backend, ratio=ratio)
+            ours = replace(
+                ours, best_peer=best.backend, ratio=ratio, peer_relative_l1=best.relative_l1
+            )
         return [*(self.peers[peer.key] for peer in fresh), ours]
 
     def ours(self, case: Case, backend: str) -> Row:
         row = Row(case.family, case.op, case.form, case.shape, case.dtype, backend, self.name)
-        row = self.timed(row, case, lambda inputs: case.run(inputs, backend), case.judge)
+
+        def run(inputs: Inputs) -> Any:
+            return case.run(inputs, backend)
+
+        row = self.timed(row, case, case.make, run, case.judge)
         if self.card is not None and row.floor_us is not None:
             share = case.expected.share(self.card.name, row.floor_us)
             row = replace(row, expected_share=share)
         return row
 
     def theirs(self, case: Case, peer: Peer) -> Row:
-        row = Row(case.family, case.op, "", case.shape, peer.dtype, peer.name, self.name)
-        return self.timed(row, peer, peer.run, None)
+        row = Row(case.family, case.op, peer.form, case.shape, peer.dtype, peer.name, self.name)
+
+        def make(device: torch.device, seed: int) -> Inputs:
+            return peer.prepare(peer.make(device, seed))
+
+        def judge(_: Inputs, results: Any) -> Iterator[Judged]:
+            """By inputs made anew: a peer may have written into its own."""
+            assert peer.judge is not None
+            return peer.judge(peer.make(self.device, SEED), results)
+
+        row = self.timed(row, peer, make, peer.run, judge if peer.judge else None)
+        if row.error is not None and row.relative_l1 is not None:
+            row = replace(row, error=f"wrong: {row.error}")
+        return row
 
     def timed(
-        self, row: Row, work: Case | Peer, call: Callable[[Inputs], Any], judge: Judge | None
+        self,
+        row: Row,
+        work: Case | Peer,
+        make: Callable[[torch.device, int], Inputs],
+        call: Callable[[Inputs], Any],
+        judge: Judge | None,
     ) -> Row:
         """The row with its time, or with its error."""
         if self.broken:
             return replace(row, error=f"not run: the GPU failed in {self.broken}")
         try:
             captured = isinstance(work, Case) and work.captured
-            times, reading = self.measure(work.make, call, judge, captured)
+            times, reading, error = self.measure(make, call, judge, captured)
         except UnsupportedArchError:
             raise
-        except Exception as error:  # noqa: BLE001  whatever a kernel raises is its row's error
+        except WrongResultError as wrong:
+            return replace(row, relative_l1=wrong.relative_l1, error=str(wrong))
+        except Exception as raised:  # noqa: BLE001  whatever a kernel raises is its row's error
             self.look_after(row)
-            message = " ".join(f"{type(error).__name__}: {error}".split())
+            message = " ".join(f"{type(raised).__name__}: {raised}".split())
             return replace(row, error=message[:LONGEST_ERROR])
         flops = dict(work.flops)
         floor = self.ceilings.floor_us(flops, work.bytes) if self.ceilings else None
@@ -182,6 +230,7 @@ class Run:
             gbps=work.bytes / times.p50 / 1e3,
             floor_us=floor,
             share_of_floor=None if floor is None else floor / times.p50,
+            relative_l1=error,
             **ceilings_of(flops, self.ceilings),
             **conditions(reading),
         )
@@ -192,21 +241,21 @@ class Run:
         call: Callable[[Inputs], Any],
         judge: Judge | None,
         captured: bool = False,
-    ) -> tuple[Times, Reading]:
-        inputs = make(self.device, 0)
+    ) -> tuple[Times, Reading, float | None]:
+        """Its time, the sensors meanwhile, and its relative L1 if it is judged."""
+        inputs = make(self.device, SEED)
         result = call(inputs)
+        error: float | None = None
+        if judge is not None and (captured or self.device.type != "cuda"):
+            error = verify(judge(inputs, result))
         if self.device.type != "cuda":
-            if judge is not None:
-                verify(judge(inputs, result))
-            return on_host(lambda i: call(inputs)), Reading()
+            return on_host(lambda i: call(inputs)), Reading(), error
         readings: list[Reading] = []
         if captured:
-            if judge is not None:
-                verify(judge(inputs, result))
             times = Replays(lambda i: call(inputs), self.device).time(
                 lambda: readings.append(self.sensors.read())
             )
-            return times, readings[0]
+            return times, readings[0], error
         size = nbytes(inputs, result)
         del result
         torch.cuda.empty_cache()
@@ -216,9 +265,9 @@ class Run:
         if judge is not None:
             poison(graph.results[0])
             graph.replay()
-            verify(judge(inputs, graph.results[0]))
+            error = verify(judge(inputs, graph.results[0]))
         times = graph.time(lambda: readings.append(self.sensors.read()))
-        return times, readings[0]
+        return times, readings[0], error
 
     def look_after(self, row: Row) -> None:
         """An illegal access takes the whole context with it: then nothing more can be measured."""
@@ -230,6 +279,13 @@ class Run:
         except RuntimeError as error:
             self.broken = row.label
             self.note(f"{row.backend}, {row.label}: {error}")
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """Of those whose result was judged; a ceiling only where nobody computes the same."""
+    timed = [row for row in rows if row.p50_us]
+    right = [row for row in timed if row.relative_l1 is not None]
+    return min(right or timed, key=lambda row: row.p50_us or 0.0, default=None)
 
 
 # --- pytest-benchmark ---------------------------------------------------------------------------
@@ -247,7 +303,7 @@ def with_pytest(benchmark: Any, case: Case) -> None:
     `reeltime bench` is what figures come from: no launch and no warm cache is in its times.
     """
     device, _ = here()
-    inputs = case.make(device, 0)
+    inputs = case.make(device, SEED)
 
     def call() -> Any:
         result = case.run(inputs, "auto")

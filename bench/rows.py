@@ -32,8 +32,8 @@ HOST_FILE = "host.csv"
 class Row:
     """One kernel at one shape.  None: not measured.  error: why it has no time.
 
-    A peer is a row of its own, `backend` its name; best_peer and ratio (its time over ours) stand
-    in ours.  The ceilings and the floor are those of this run.
+    A peer is a row of its own, `backend` its name and version; best_peer, its relative L1 and the
+    ratio of its time to ours stand in ours.  The ceilings and the floor are those of this run.
     """
 
     family: str
@@ -53,6 +53,8 @@ class Row:
     expected_share: float | None = None  # stated before it was measured
     best_peer: str | None = None
     ratio: float | None = None
+    peer_relative_l1: float | None = None
+    relative_l1: float | None = None  # to float64, the worst of its results; None: not judged
     error: str | None = None
     ceiling_gbps: float | None = None
     ceiling_tflops: float | None = None  # of the dtypes of its matrix products, in its proportions

@@ -182,7 +182,8 @@ def test_rows_are_appended_under_one_header(tmp_path, one_row):
 
 def test_columns_are_those_of_the_contract():
     wanted = "family shape dtype backend device p50_us p20_us p80_us tflops gbps floor_us "
-    wanted += "share_of_floor best_peer ratio error commit sm_mhz power_w temperature_c throttle"
+    wanted += "share_of_floor best_peer ratio relative_l1 error commit sm_mhz power_w "
+    wanted += "temperature_c throttle"
     assert set(wanted.split()) <= set(rows.COLUMNS)
 
 
@@ -240,9 +241,9 @@ def test_every_family_is_timed_at_tiny_shapes(capsys):
     assert all(row["device"].startswith("host: ") for row in document["rows"])
     assert document["ceilings"] is None
     assert document["shapes"] == "tiny"
-    assert {"torch._scaled_mm tensor-wise", "torch._int_mm", "torch copy_", "torch sdpa flash"} <= {
-        row["backend"] for row in document["rows"]
-    }
+    peers = {"torch._scaled_mm tensor-wise", "torch.mm", "torch copy_", "torch sdpa flash"}
+    assert peers <= {row["backend"] for row in document["rows"]}
+    assert [one["name"] for one in document["peers"]] == ["torch"]
     assert "not measured" in err  # the table's columns of a GPU
 
 
@@ -314,6 +315,8 @@ def test_floors_need_no_gpu(capsys, tmp_path):
         (["--backend", "auto"], "backend: expected 'reference' or 'triton' or 'cuda'"),
         (["--device", "tpu"], "device: expected"),
         (["--floors", "--out", "."], "out: expected none with --floors"),
+        (["--floors", "--against", "peers"], "against: expected none with --floors"),
+        (["--against", "sage"], "against: expected 'peers' or 'torch' or 'sageattention'"),
         (["--picture", "x.pdf"], "ends in .png"),
         (["--out", "nowhere", "--commit", "a"], "no such folder"),
     ],

@@ -75,6 +75,14 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_peers_are_measured_only_when_asked_for():
+    plain, beside = (gpu_check.stages(ROOT, Path("/out"), "a", True, asked) for asked in (0, 1))
+    assert not any("--against" in stage.command for stage in plain)
+    found = [stage for stage in beside if stage.command[-2:] == ("--against", "peers")]
+    assert [stage.name for stage in found] == [f"bench-{family}" for family in FAMILIES]
+    assert sum(stage.limit_s for stage in plain) < sum(stage.limit_s for stage in beside)
+
+
 def test_plan_runs_what_is_timed_alone():
     plan = gpu_check.stages(ROOT, Path("/out"), None, False)
     groups = [stage.group for stage in plan]

@@ -7,27 +7,24 @@ torch is imported inside the command: --help must not wait for it.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from reeltime.cli_check import PIPED_WIDTH, find_device, progress
+from reeltime.cli_check import find_device, progress
 from reeltime.cli_stream import check_out
+from reeltime.cli_tables import grid, number, report_console
 
 if TYPE_CHECKING:
     from reeltime.bench.floors import Floor
     from reeltime.bench.rows import Row
     from reeltime.bench.shapes import Sizes
-
-UNMEASURED = "not measured"
 
 
 def register(app: typer.Typer) -> None:
@@ -73,8 +70,20 @@ def bench(
         str | None,
         typer.Option(help="What was measured; asked of git by default.", show_default=False),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="peers: every library that is installed, or the name of one; several times.  By "
+            "default PyTorch's own kernels, not compiled.",
+            show_default=False,
+        ),
+    ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Draw shares of the floor, .png.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Draw shares of the floor, with --against ratios to the best peer, .png.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -97,18 +106,17 @@ def bench(
     if shapes is not None:
         checks.choice("shapes", shapes, tuple(known.SIZES))
     chosen = [name for name in timed if name in (families or backends.FAMILIES)]
-    console = Console(stderr=as_json)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPED_WIDTH + 20
+    console = report_console(as_json, wider=20)
     if floors:
-        for option, value in (("out", out), ("backend", backend), ("device", device)):
+        measured = {"out": out, "backend": backend, "device": device, "against": against or None}
+        for option, value in measured.items():
             if value is not None:
                 checks.fail(option, "none with --floors", value, "Nothing is measured there.")
         show_floors(console, chosen, known.SIZES[shapes or "dit"], picture, as_json)
         return
     place = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sizes = known.SIZES[shapes or ("dit" if place.type == "cuda" else "tiny")]
-    run_all(console, chosen, sizes, backend, place, out, commit, picture, as_json)
+    run_all(console, chosen, sizes, backend, place, out, commit, against or [], picture, as_json)
 
 
 def run_all(
@@ -119,13 +127,16 @@ def run_all(
     place: Any,
     out: Path | None,
     commit: str | None,
+    against: Sequence[str],
     picture: Path | None,
     as_json: bool,
 ) -> None:
     """Measure, append as it goes, then show."""
     from reeltime.arch import UnsupportedArchError
     from reeltime.bench import harness, rows
+    from reeltime.bench.peers import libraries
 
+    libraries_here = libraries.find(against, place)
     served = harness.plan(chosen, backend, place)
     commit = commit or rows.find_commit(Path.cwd())
     path = None if out is None else rows.results_file(out, place, commit)
@@ -138,6 +149,9 @@ def run_all(
         for one in (backend,) if backend else harness.wanted(place, name):
             if one not in served.get(name, ()):
                 note(f"{name}: not measured on {one}, which this build lacks for it on {place}")
+    for library in libraries_here:
+        if library.why:
+            note(f"peers: {library.name} {library.version or ''}: {library.why}")
     found: list[Row] = []
     left_out: Counter[str] = Counter()
     # Backends one after another, so that a kernel that breaks the GPU spares those before it.
@@ -150,7 +164,7 @@ def run_all(
     order.sort(key=lambda step: step[1] == "cuda")
     with progress(notes, width=40) as bar:
         task = bar.add_task("ceilings", total=len(order))
-        run = harness.Run(place, note)
+        run = harness.Run(place, note, libraries_here if against else ())
         where = rows.environment(commit, run.sensors)
         for name, one, case in order:
             bar.update(task, description=f"{one}, {case.op} {case.shape}"[:40])
@@ -168,15 +182,18 @@ def run_all(
     draw(console, found, run)
     for why, count in left_out.items():
         note(f"{count} times left out: {why}")
+    if run.away:
+        note(f"peers that need a GPU: {'; '.join(sorted(run.away))}")
     for row in found:
         if row.error:
             style = "red" if ours(row) else "dim"
             line = f"{row.backend}, {row.label}: {row.error}"
             notes.print(Text(" ".join(line.split()), style=style))
     if picture is not None:
-        from reeltime.bench import bars
+        from reeltime.bench import bars, ratios
 
-        bars.draw(mine, picture, f"{run.name}, {sizes.name} shapes")
+        draw_rows = ratios.draw if against else bars.draw
+        draw_rows(mine, picture, f"{run.name}, {sizes.name} shapes")
     failed = sum(row.error is not None for row in mine)
     if as_json:
         document = {
@@ -185,6 +202,7 @@ def run_all(
             "shapes": sizes.name,
             "ceilings": run.ceilings and {"gbps": run.ceilings.gbps, **run.ceilings.tflops},
             "left_out": dict(left_out),
+            "peers": [asdict(library) for library in libraries_here],
             "out": str(path) if path else None,
             "failed": failed,
         }
@@ -216,26 +234,19 @@ def show_floors(
 # --- Tables -------------------------------------------------------------------------------------
 
 
-def grid(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-
-
-def number(value: float | None, form: str = "{:.1f}") -> str:
-    return UNMEASURED if value is None else form.format(value)
-
-
 def draw(console: Console, found: Sequence[Row], run: Any) -> None:
     """A table per family; peers stand below the first of ours that they were measured for."""
     for family in dict.fromkeys(row.family for row in found):
         table = grid(f"{family} on {run.name}")
         table.add_column("kernel", overflow="fold", min_width=24)
-        for name in ("us", "p20-p80", "TFLOPS", "GB/s", "floor us", "% floor", "expected"):
+        columns = ("us", "p20-p80", "rel. L1", "TFLOPS", "GB/s", "floor us", "% floor", "expected")
+        for name in columns:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("best peer", overflow="fold")
         table.add_column("ratio", justify="right", no_wrap=True)
         for row in found:
-            if row.family != family or (row.error and not ours(row)):
-                continue
+            if row.family != family or (row.error and row.relative_l1 is None and not ours(row)):
+                continue  # a peer that is wrong is shown, one that refuses is not
             table.add_row(*cells(row), style="" if ours(row) else "dim")
         console.print(table)
     if run.ceilings is None:
@@ -254,10 +265,12 @@ def cells(row: Row) -> list[Text]:
     if row.p80_us is not None:
         spread += f"-{row.p80_us:.1f}"
     failed = row.error is not None
+    word = "failed" if row.relative_l1 is None else "wrong"
     return [
         Text(f"{row.label}  {row.backend}", style="red" if failed else ""),
-        Text("failed" if failed else number(row.p50_us), style="bold red" if failed else ""),
+        Text(word if failed else number(row.p50_us), style="bold red" if failed else ""),
         Text("-" if failed else spread),
+        Text("-" if row.relative_l1 is None else f"{row.relative_l1:.1e}"),
         Text("-" if row.tflops is None else f"{row.tflops:.2f}"),
         Text("-" if row.gbps is None else f"{row.gbps:.0f}"),
         Text(number(row.floor_us, "{:.2f}")),
