@@ -68,7 +68,7 @@ def imports(module: str, source: str, is_package: bool = False) -> Iterator[tupl
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     """What `module` imports against the flow, one sentence each."""
     found = []
-    mine = layer(module)
+    mine = "cli" if module == "reeltime" else layer(module)  # the package's door shows all rooms
     for line, name in imports(module, source, is_package):
         where = f"{module}:{line} imports {name}"
         if name.split(".")[0] in ("model", "bench"):

@@ -175,3 +175,28 @@ def dequantize(
         checks.output("out", out, xq.shape, dtype)
     x = DEQUANTIZE.run(backend, xq.device, xq, x_scale, block_rows, dtype)
     return x if out is None else out.copy_(x)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, *, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Of a layer, [N, K], in blocks of 128 x 128: quantize, one row of blocks after the other.
+
+    float32 of a whole layer, which the reference makes, would be several times the layer; and the
+    reference it is, so that a layer's codes do not depend on the device that it was loaded on.
+
+    Returns:
+        codes [N, K] of dtype, scales [ceil(N / 128), ceil(K / 128)] float32.
+    """
+    codes = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scales = torch.empty(
+        scale_shape(weight.shape[0], weight.shape[1], 128),
+        dtype=torch.float32,
+        device=weight.device,
+    )
+    strips = zip(weight.split(128), codes.split(128), scales.split(1), strict=True)
+    for rows, *out in strips:
+        quantize(
+            rows.contiguous(), dtype=dtype, block_rows=128, out=(out[0], out[1]),
+            backend="reference",
+        )  # fmt: skip
+    return codes, scales

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which place of which model ran what, how often.
+
+A place that was changed calls an op of `torch.ops.reeltime` with its number; the op's
+implementation counts when it runs, so that what is counted has run: in eager mode, in a compiled
+graph and in an exported one alike.  A CUDA graph is counted when it is captured, not when it is
+replayed.
+
+Blocks of a model that are compiled one by one share one graph only if nothing in them differs:
+there a place gives the number of its model instead of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+_numbers = itertools.count(1)
+_lock = threading.Lock()
+
+
+@dataclass(eq=False)
+class Site:
+    """One place of a model, or a model as a whole.
+
+    Attributes:
+        path: name of the module, "" for the model.
+        kind: "linear", "attention", "norm" or "model".
+        calls: {what ran: how often}: a backend, or "left: why" where PyTorch's own code ran.
+    """
+
+    path: str
+    kind: str
+    number: int = field(default_factory=lambda: next(_numbers))
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        _sites[self.number] = self
+
+    def __reduce__(self) -> tuple[type[Site], tuple[str, str]]:
+        """A copy of a model counts for itself: a new number, nothing counted."""
+        return Site, (self.path, self.kind)
+
+
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A site and the model that it stands in."""
+
+    site: Site
+    model: Site
+
+    @property
+    def number(self) -> int:
+        return self.model.number if torch.compiler.is_compiling() else self.site.number
+
+
+def count(number: int, kind: str, what: str) -> None:
+    """One call.  A number of another process, as an exported graph may hold, is nobody's."""
+    site = _sites.get(number)
+    if site is not None:
+        with _lock:
+            site.calls[what if site.kind == kind else f"{kind}: {what}"] += 1
