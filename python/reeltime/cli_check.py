@@ -7,27 +7,23 @@ torch is imported inside the command: --help must not wait for it.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
 from reeltime.cli_stream import check_out
+from reeltime.cli_tables import grid, report_console
 
 if TYPE_CHECKING:
     import torch
 
     from reeltime.bench.accuracy.check import Row
-
-PIPED_WIDTH = 120  # of tables that no terminal shows
 
 
 def register(app: typer.Typer) -> None:
@@ -69,15 +65,48 @@ def check(
             show_default=False,
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model instead, package.module:factory, whose factory returns (module, inputs): "
+            "what each of its layers loses if it alone is changed, and which to skip.",
+            show_default=False,
+        ),
+    ] = None,
+    linear: Annotated[str, typer.Option(help="With --model: int8, fp8 or none.")] = "int8",
+    attention: Annotated[str, typer.Option(help="With --model: int8, fp8 or none.")] = "int8",
+    norm: Annotated[str, typer.Option(help="With --model: fused or none.")] = "none",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="With --model: relative L1 that its output may differ by; halved by default.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Check every op against float64, on inputs that break kernels.
+    """Check every op against float64, on inputs that break kernels; or a model, layer by layer.
 
-    Exit code 1 if one of ours is out of tolerance.  Published recipes (SageAttention, SLA,
-    TurboDiffusion) run on the same inputs; they are shown, not judged.
+    Exit code 1 if one of ours is out of tolerance, or a model's --budget is not met.  Published
+    recipes (SageAttention, SLA, TurboDiffusion) run on the same inputs; they are shown, not judged.
     """
     if picture is not None:
         check_out(picture, ".png")
+    if model is not None:
+        for option, value in (("family", family), ("update", update), ("beside", beside)):
+            if value is not None:
+                raise ValueError(
+                    f"{option}: expected none with --model, got {value}. Leave it out."
+                )
+        from reeltime import cli_sensitivity
+
+        formats = {"linear": linear, "attention": attention, "norm": norm}
+        options = {name: None if value == "none" else value for name, value in formats.items()}
+        options["backend"] = backend
+        cli_sensitivity.run(model, options, budget, every, picture, as_json)
+        return
+    if budget is not None:
+        raise ValueError(f"budget: expected none without --model, got {budget}. Name a model.")
     if update is not None:
         check_out(update, ".md")
         if family is not None:
@@ -109,9 +138,7 @@ def check(
             )
             bar.advance(task)
 
-    console = Console(stderr=as_json)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PIPED_WIDTH
+    console = report_console(as_json)
     draw(console, rows, every)
     for why, count in refused.items():
         notes.print(f"{count} times left out: {why}", markup=False, highlight=False)
@@ -175,13 +202,7 @@ def draw(console: Console, rows: Sequence[Row], every: bool) -> None:
         shown = [row for row in mine if every or row in worst or row.passed is False]
         order = {(row.op, row.recipe): index for index, row in enumerate(worst)}
         shown.sort(key=lambda row: order[row.op, row.recipe])
-        table = Table(
-            title=f"{family}, {len({row.input for row in mine})} kinds of input",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=0,  # the box parts columns by a space of its own
-            show_edge=False,
-        )
+        table = grid(f"{family}, {len({row.input for row in mine})} kinds of input")
         table.add_column("op and recipe", overflow="fold", min_width=8)
         table.add_column("input" if every else "worst input", no_wrap=True)
         for name in ("cosine", "L1", "RMSE", "max", "tolerance", ""):
