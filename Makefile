@@ -24,7 +24,7 @@ help:
 	@echo "make bench-kernels    every kernel beside its floor and its peers"
 	@echo "make bench-miniature  the miniature's quality table and picture"
 	@echo "make tables           README's table of kernels from bench/results/<gpu>.csv"
-	@echo "make gpu-check        on a GPU: build, tests, sanitizer, benchmarks into OUT=folder"
+	@echo "make gpu-check        on a GPU: build, tests, sanitizer, kernels into OUT=folder; docs/gpu.md"
 	@echo "make train-miniature  train the bundled weights again"
 	@echo "make voice            speak the bundled voice again (needs espeak-ng)"
 	@echo "make clean            remove .venv, build and out"

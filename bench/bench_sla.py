@@ -39,7 +39,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     yield block_mask(sizes, shares[0])
     for formats in FORMATS:
         yield sparse_attention(sizes, shares[0], *formats)
-    yield linear_attention(sizes)
+    for over in ("all", "unselected"):
+        yield linear_attention(sizes, shares[0], over)
     for share in shares:
         for formats in FORMATS:
             yield plain(sizes, share, *formats)
@@ -152,31 +153,40 @@ def sparse_attention(sizes: Sizes, share: float, qk: str | None, pv: str | None)
     return peers.beside(found, peers.sla.sparse_adapters())
 
 
-def linear_attention(sizes: Sizes) -> Case:
+def linear_attention(sizes: Sizes, share: float, over: str) -> Case:
     B, S_q, _, H, D = shape_of(sizes)
-    _, columns = counts(sizes)
+    rows, columns = counts(sizes)
 
     def make(device: torch.device, seed: int) -> Inputs:
         inputs = qkv(device, seed, sizes)
         h, z = sla.summaries(inputs["k"], inputs["v"])
-        return {"q": inputs["q"], "h": h, "z": z}
+        found = {"q": inputs["q"], "h": h, "z": z}
+        if over == "all":
+            return found
+        pooled = (sla.pool(inputs[n], block=b)[0] for n, b in (("q", BLOCK_Q), ("k", BLOCK_K)))
+        return found | {"csr": sla.block_mask(*pooled, topk=share, backend="reference")}
 
     def run(inputs: Inputs, backend: str) -> Any:
-        return sla.linear_attention(**inputs, backend=backend)
+        return sla.linear_attention(**inputs, over=over, backend=backend)
 
     def judge(inputs: Inputs, result: Any) -> Iterator[Judged]:
-        q, h, z = (x.double() for x in inputs.values())
-        total = h.sum(1, keepdim=True), z.sum(1, keepdim=True)
-        want = sla.linear_attention(q, *total, backend="reference")
+        q, h, z = (inputs[name].double() for name in "qhz")
+        if over == "all":
+            total = h.sum(1, keepdim=True), z.sum(1, keepdim=True)
+            want = sla.linear_attention(q, *total, backend="reference")
+        else:
+            want = sla.linear_attention(q, h, z, inputs["csr"], over=over, backend="reference")
         yield Judged("out", result, want, TOLERANCE["bfloat16"])
 
     moved = 2 * 2 * B * S_q * H * D + 4 * B * columns * H * D * (D + 1)
+    if over != "all":
+        moved += 4 * B * H * (rows + 1 + rows * selected(share, columns))
     found = case(
-        sizes, "linear_attention", "all blocks", "bf16",
+        sizes, "linear_attention", f"{over} blocks", "bf16",
         flops={"bf16": 2 * B * H * S_q * D * (D + 1)}, bytes=moved, make=make, run=run,
         judge=judge, peers=peers.copying(moved),
     )  # fmt: skip
-    return peers.beside(found, peers.sla.linear_adapters())
+    return peers.beside(found, peers.sla.linear_adapters()) if over == "all" else found
 
 
 # --- All of it ----------------------------------------------------------------------------------

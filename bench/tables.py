@@ -21,7 +21,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import typer
 
 from reeltime import backends, checks
-from reeltime.bench import floors, hardware, harness
+from reeltime.bench import ceilings, floors, hardware, harness
 from reeltime.bench.case import Case
 from reeltime.bench.hardware import CARDS, Card
 from reeltime.bench.rows import COLUMNS, HOST_FILE, Environment, Row
@@ -140,7 +140,7 @@ def _check(where: str, values: dict[str, Any], card: Card | None) -> None:
         refuse(where, "device", f"a host's name in {HOST_FILE}", device, again)
     if card is not None and hardware.find(device) is not card:
         refuse(where, "device", repr(card.device), device, again)
-    families = (*backends.FAMILIES, harness.STEP)
+    families = (*backends.FAMILIES, harness.STEP, ceilings.FAMILY)
     if values["family"] not in families:
         refuse(where, "family", f"one of {', '.join(families)}", values["family"], "Measure again.")
     try:
@@ -222,6 +222,8 @@ def of_card(card: Card, results: Sequence[Result]) -> str:
         lines += [line(one.row) for one in found] or [expected(case, card)]
         shown += found
     parts = [f"**{card.device}**, {conditions(results)}:", table(HEAD, lines)]
+    if best := ceilings_line(results):
+        parts.append(best)
     rest = [one for one in mine if one not in shown]
     return "\n\n".join([*parts, *folded(rest)])
 
@@ -294,6 +296,17 @@ def rate(row: Row) -> str:
     compute = row.tflops / row.ceiling_tflops if row.ceiling_tflops else math.inf
     moved = row.gbps / row.ceiling_gbps if row.ceiling_gbps else 0.0
     return f"{row.tflops:.0f} TFLOPS" if compute >= moved else f"{row.gbps:.0f} GB/s"
+
+
+def ceilings_line(results: Sequence[Result]) -> str:
+    """What the card itself was seen to do, whoever's kernel it was."""
+    rows = [one.row for one in results if one.row.family == ceilings.FAMILY and one.row.p50_us]
+    parts = [
+        f"{row.gbps:.0f} GB/s copied" if row.gbps is not None
+        else f"{row.tflops or 0:.0f} TFLOPS {row.dtype}{row.form and f' ({row.form})'}"
+        for row in rows
+    ]  # fmt: skip
+    return f"Ceilings by PyTorch's own copy and products: {', '.join(parts)}." if parts else ""
 
 
 def expected(case: Case, card: Card) -> str:

@@ -68,6 +68,18 @@ def keep_subnormals() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--no-emulator",
+        action="store_true",
+        help="skip what emulates CUDA kernels: on a GPU, what does not run there",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-emulator"):
+        import emulate
+
+        emulate.refuse = lambda: pytest.skip("emulated")
 
 
 # Test files that cannot be imported without a package which a machine with a GPU may lack.

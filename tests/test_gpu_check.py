@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from reeltime.backends import FAMILIES
-from reeltime.bench import gpu_check
+from reeltime.bench import counters, gpu_check
 from reeltime.bench.gpu_check import Stage
+from reeltime.model.quality import QUALITIES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,8 +44,7 @@ def check(monkeypatch, out, *plan, **options):
     monkeypatch.setattr(gpu_check, "SITE", Path(out) / "site")
     code = 0
     try:
-        gpu_check.main(out, **{"only": None, "commit": "abc", "limit": 100.0, "dry_run": False}
-                       | options)  # fmt: skip
+        gpu_check.main(out, **{"commit": "abc", "limit": 100.0} | options)
     except typer.Exit as stop:
         code = stop.exit_code
     return code, json.loads((out / "summary.json").read_text())
@@ -54,15 +57,18 @@ def statuses(summary):
 # --- The plan -----------------------------------------------------------------------------------
 
 
-def test_dry_run_prints_the_plan_and_does_nothing(tmp_path):
-    done = command("--out", str(tmp_path / "out"), "--dry-run", "--commit", "abc123")
+def dry(*arguments):
+    """{name of a stage: its line}, in order."""
+    done = command("--dry-run", "--commit", "abc123", *arguments)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    names = [line.split(" ")[0] for line in lines]
-    right = ["tests", "tests-cuda", "graphs", "check-cuda", "check-triton", *gpu_check.TOOLS]
-    timed = [f"bench-{family}" for family in (*FAMILIES, "step")]
-    assert names == ["machine", "build", *right, *timed]
-    plan = dict(zip(names, lines, strict=True))
+    return {line.split(" ")[0]: line for line in done.stdout.splitlines()}
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(tmp_path):
+    plan = dry("--out", str(tmp_path / "out"))
+    right = ["tests", "tests-cuda", "graphs", "emulator", "check-cuda", "check-triton"]
+    timed = ["ceilings", *(f"bench-{family}" for family in gpu_check.FAMILIES)]
+    assert list(plan) == ["machine", "build", *right, *gpu_check.TOOLS, *timed]
     assert "REELTIME_CUDA_ARCHS=native" in plan["build"]
     assert "--no-build-isolation --no-deps" in plan["build"]
     assert '-m "gpu or device"' in plan["tests"] or "-m gpu or device" in plan["tests"]
@@ -71,16 +77,78 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path):
     assert "--tool racecheck" in plan["racecheck"]
     assert "reeltime.bench.sanitize" in plan["initcheck"]
     assert f"--out {tmp_path / 'out'} --commit abc123" in plan["bench-sla"]
-    assert "bench step --shapes tiny" in plan["bench-step"]
+    assert "test_emulator_gpu.py" in plan["emulator"]
+    assert "--ignore=tests/test_emulator_gpu.py" in plan["tests"]
+    assert "reeltime.bench.ceilings --out" in plan["ceilings"]
     assert not (tmp_path / "out").exists()
 
 
-def test_peers_are_measured_only_when_asked_for():
-    plain, beside = (gpu_check.stages(ROOT, Path("/out"), "a", True, asked) for asked in (0, 1))
-    assert not any("--against" in stage.command for stage in plain)
-    found = [stage for stage in beside if stage.command[-2:] == ("--against", "peers")]
-    assert [stage.name for stage in found] == [f"bench-{family}" for family in FAMILIES]
-    assert sum(stage.limit_s for stage in plain) < sum(stage.limit_s for stage in beside)
+def test_parts_are_run_behind_the_build(tmp_path):
+    out = ("--out", str(tmp_path / "out"))
+    assert list(dry(*out, "--part", "step")) == [
+        "machine",
+        "build",
+        "bench-step",
+        "profile",
+        "soak",
+    ]
+    plan = dry(*out, "--part", "memory", "--part", "counters")
+    assert list(plan) == ["machine", "build", "memory", "counters"]
+    assert plan["memory"].count("--quality") == len(QUALITIES)
+    assert f"--out {tmp_path / 'out' / 'memory.json'} --commit abc123" in plan["memory"]
+    every = [part for name in gpu_check.PARTS for part in ("--part", name)]
+    assert set(dry(*out, *every)) > {"racecheck", "bench-norm", "soak", "peers-here-norm"}
+    assert list(dry(*out, "--only", "bench-q*", "--only", "soak")) == ["bench-quant", "soak"]
+
+
+def test_a_part_ends_in_time():
+    """Without what runs side by side, which is as long as its longest, and is cut by --limit."""
+    plan = gpu_check.stages(ROOT, Path("/out"), "abc", True)
+    for part in ("step", "memory", "counters"):
+        alone = [stage.limit_s for stage in plan if stage.part == part]
+        assert sum(alone) <= 580 - 20  # machine, and a build that is there
+
+
+def test_options_of_the_plan_are_known():
+    """Each command's own options: a misspelt one would be seen on the day, and cost it."""
+    for stage in gpu_check.stages(ROOT, Path("/out"), "abc", True, [Path("/a")]):
+        if stage.part in (None, "right") or stage.name == "counters":
+            continue
+        module, *rest = stage.command[2:]
+        name = [module, *rest[:1]] if module == "reeltime" else [module]
+        options = {part for part in rest if part.startswith("--")}
+        assert options <= known_options(*name), stage.name
+
+
+@functools.cache
+def known_options(module, command=None):
+    argv = [sys.executable, "-m", module, *([command] if command else []), "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    return set(re.findall(r"--[a-z-]+", done.stdout))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they run on the GPU")
+def test_no_time_goes_into_emulating():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-emulator",
+         "tests/test_cuda_quant.py"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert re.search(r"\n\d+ skipped in", done.stdout)  # and none passed
+
+
+def test_every_set_of_peers_is_a_process_of_its_own(tmp_path):
+    folders = [tmp_path / name for name in "ab"]
+    plan = gpu_check.stages(ROOT, Path("/out"), "abc", True, folders)
+    found = [stage for stage in plan if stage.part == "peers"]
+    names = [f"peers-{name}-{family}" for family in gpu_check.FAMILIES for name in "ab"]
+    assert [stage.name for stage in found] == names
+    assert all(stage.command[-2:] == ("--against", "peers") for stage in found)
+    assert found[-1].path[0] == str(folders[1])
+    assert not any("--against" in stage.command for stage in plan if stage.part != "peers")
+    done = command("--out", str(tmp_path / "out"), "--peers", str(tmp_path / "none"))
+    assert (done.returncode, "peers: expected a folder" in done.stderr) == (2, True)
 
 
 def test_plan_runs_what_is_timed_alone():
@@ -88,10 +156,13 @@ def test_plan_runs_what_is_timed_alone():
     groups = [stage.group for stage in plan]
     assert groups == sorted(groups, key=groups.index)  # members stand together
     for stage in plan:
-        if stage.name.startswith("bench"):
+        if stage.part not in (None, "right"):
             assert groups.count(stage.group) == 1
+        if stage.name.startswith("bench"):
             assert "--json" in stage.command  # no commit: no CSV, but no row is lost
-    assert groups.index("build") < groups.index("right") < groups.index("bench-quant")
+        assert "--commit" not in stage.command
+    order = ["build", "right", "ceilings", "bench-quant", "bench-step", "memory", "counters"]
+    assert sorted(order, key=groups.index) == order
 
 
 def test_what_the_plan_runs_is_there():
@@ -99,12 +170,18 @@ def test_what_the_plan_runs_is_there():
         for part in stage.command:
             if part.startswith("tests/"):
                 assert (ROOT / part).exists(), part
-    assert gpu_check.FAMILIES == FAMILIES
+    assert sorted(gpu_check.FAMILIES) == sorted(FAMILIES)
+    assert set(gpu_check.LEVELS) == set(QUALITIES)
+    assert gpu_check.SKIPPED == counters.SKIPPED
 
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--only", "bulid"], "only: expected some of machine, build"), ([], "out")],
+    [
+        (["--only", "bulid"], "only: expected some of machine, build"),
+        (["--part", "speed"], "part: expected some of right, kernels"),
+        ([], "out"),
+    ],
 )
 def test_bad_input_is_exit_2(arguments, message, tmp_path):
     out = ["--out", str(tmp_path)] if arguments else []
@@ -167,6 +244,38 @@ def test_a_missing_tool_is_told_and_no_failure(monkeypatch, tmp_path):
     assert code == 0
     assert statuses(summary) == {"memcheck": "missing"}
     assert "no-such-tool is not installed" in summary["stages"][0]["last"]
+
+
+def test_what_says_that_it_cannot_run_here_is_no_failure(monkeypatch, tmp_path):
+    code = "print('skipped: counters are not permitted'); raise SystemExit(77)"
+    exit_code, summary = check(monkeypatch, tmp_path, python("counters", code))
+    assert (exit_code, statuses(summary)) == (0, {"counters": "missing"})
+    assert summary["stages"][0]["last"] == "skipped: counters are not permitted"
+
+
+def test_the_same_sources_are_built_once(monkeypatch, tmp_path):
+    built = tmp_path / "built"
+    code = f"open({str(built)!r}, 'a').write('x')"
+    for text, times in (("abc", 1), ("abc", 1), ("other", 2)):
+        stage = python("build", code, mark=(tmp_path / "mark", text))
+        assert check(monkeypatch, tmp_path, stage)[0] == 0
+        assert len(built.read_text()) == times
+    failing = python("build", "raise SystemExit(1)", mark=(tmp_path / "mark", "more"))
+    assert check(monkeypatch, tmp_path, failing)[0] == 1
+    assert (tmp_path / "mark").read_text() == "other"
+
+
+def test_sources_are_what_the_build_is_made_of(tmp_path):
+    for name in ("csrc/a/a.cu", "python/reeltime/x.py", "tests/test_x.py", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    before = gpu_check.digest(tmp_path)
+    (tmp_path / "tests/test_x.py").write_text("changed")
+    assert gpu_check.digest(tmp_path) == before
+    for name in ("csrc/a/a.cu", "python/reeltime/x.py"):
+        (tmp_path / name).write_text("changed")
+        assert gpu_check.digest(tmp_path) != before
+        before = gpu_check.digest(tmp_path)
 
 
 def test_a_command_that_is_not_there_is_a_failure(monkeypatch, tmp_path):
@@ -237,6 +346,9 @@ def test_stages_see_the_build_first(monkeypatch, tmp_path):
     code = "import sys; print(sys.path[1])"
     _, summary = check(monkeypatch, tmp_path, python("path", code))
     assert summary["stages"][0]["last"] == str(ROOT / tmp_path / "site")
+    _, summary = check(monkeypatch, tmp_path, python("path", "import sys; print(sys.path[2])",
+                                                     path=("/peers",)))  # fmt: skip
+    assert summary["stages"][0]["last"] == "/peers"
 
 
 # --- What a machine with a GPU may lack ---------------------------------------------------------

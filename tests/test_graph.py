@@ -13,11 +13,10 @@ import torch
 
 from reeltime import backends
 from reeltime.arch import UnsupportedArchError
-from reeltime.bench import harness
+from reeltime.bench import sanitize
 from reeltime.bench.case import clone, mapped, poison, tensors
-from reeltime.bench.shapes import TINY
 
-CASES = {case.label: case for family in backends.FAMILIES for case in harness.cases(family, TINY)}
+CASES = {case.label: case for family in backends.FAMILIES for case in sanitize.cases(family)}
 
 
 def plain(held):

@@ -349,6 +349,13 @@ def test_ceilings_are_measured_as_kernels_are(cuda, monkeypatch):
     assert "ceiling of int8 not measured" in notes[0]
     assert calls
 
+    rows_of_them = list(ceilings.as_rows(CPU, Sensors(CPU), notes.append))
+    assert {row.family for row in rows_of_them} == {ceilings.FAMILY}
+    assert [row.dtype for row in rows_of_them] == ["uint8", "bf16", "fp8", "fp8"]
+    assert [row.form for row in rows_of_them] == ["", "", "", "fast sums"]
+    assert rows_of_them[0].gbps == pytest.approx(2 * 4000 / rows_of_them[0].p50_us / 1e3)
+    assert rows_of_them[1].tflops == found.tflops["bf16"]
+
 
 # --- Sensors ------------------------------------------------------------------------------------
 

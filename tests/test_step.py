@@ -114,6 +114,7 @@ def graphs(monkeypatch):
         return dict(made)
 
     monkeypatch.setitem(steps.CAPTURES, "cpu", capture)
+    bench_step.scene.cache_clear()
     return made
 
 
@@ -626,6 +627,27 @@ def test_a_replay_that_is_not_eager_has_no_time(graphs):
     (row,) = harness.Run(CPU, print).rows(replace(case, run=run), "reference")
     assert row.p50_us is None
     assert "pass, replayed, result 0: relative L1" in row.error
+
+
+def test_an_eager_chunk_is_timed_without_the_graphs(graphs, monkeypatch):
+    case = find(TINY, "chunk", "bf16, eager")
+    (row,) = harness.Run(CPU, print).rows(case, "reference")
+    assert row.error is None
+    monkeypatch.setattr(Replayed, "replay", lambda self: pytest.fail("a graph was replayed"))
+    inputs = case.make(CPU, 0)
+    case.run(inputs, "reference")
+    assert inputs["scene"].step.graphs
+
+
+def test_what_could_not_be_captured_is_tried_again(graphs, monkeypatch):
+    """Cases share a scene: a failure must not leave one that looks captured."""
+    inputs = find(TINY, "pass", "bf16").make(CPU, 0)
+    scene = inputs["scene"]
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.step, "capture", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scene.ready("reference")
+    assert scene.ready("reference").step.graphs
 
 
 def test_floors_of_the_step_are_those_of_its_kernels():

@@ -177,7 +177,7 @@ def test_a_host_is_no_card(tmp_path):
 BAD = {
     "commit": ("", "a name, got 'nothing'. It cannot be repeated: measure again, with --commit"),
     "device": ("", "a name, got 'nothing'"),
-    "family": ("gemm", "one of quant, norm, .*, step, got 'gemm'"),
+    "family": ("gemm", "one of quant, norm, .*, ceiling, got 'gemm'"),
     "op": ("", "a name"),
     "date": ("yesterday", "2026-01-31T12:00:00Z or so, got 'yesterday'"),
     "p50_us": ("fast", "a number >= 0, or nothing, got 'fast'"),
@@ -245,3 +245,13 @@ def test_every_column_comes_back_as_it_was_written(tmp_path):
         assert type(got) is type(want)
         assert got == want or math.isclose(got, want, rel_tol=1e-5)
     assert found.where == WHERE
+
+
+def test_ceilings_stand_above_what_they_bound(tmp_path):
+    copied = replace(ROW, family="ceiling", op="copy", form="", shape="2048 MiB", dtype="uint8",
+                     backend="torch", tflops=None, gbps=4301.0)  # fmt: skip
+    product = replace(copied, op="product", form="fast sums", dtype="fp8", tflops=1402.0, gbps=None)
+    write(tmp_path, ROW, copied, product)
+    text = tables.markdown(tmp_path)
+    assert "products: 4301 GB/s copied, 1402 TFLOPS fp8 (fast sums)." in text
+    assert "more measurements" not in text  # nor are they kernels of ours

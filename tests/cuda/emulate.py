@@ -55,6 +55,10 @@ class EmulationError(RuntimeError):
     """A kernel did what a GPU would not survive, or not always."""
 
 
+def refuse() -> None:
+    """Called before anything is built; pytest's --no-emulator has its own, which skips the test."""
+
+
 # --- Building -----------------------------------------------------------------------------------
 
 
@@ -133,6 +137,7 @@ def build(
     replace: dict[str, Sequence[tuple[str, str]]] | None = None,
 ) -> Library:
     """A library of kernels; `replace` maps a source's name to edits of its text."""
+    refuse()
     edits = replace or {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
@@ -151,6 +156,7 @@ def build(
 def run_sanitized(script: str) -> subprocess.CompletedProcess[str] | None:
     """`script` in a process of its own, for AddressSanitizer must be loaded before anything else;
     None where the compiler has no sanitizers.  The script must not import torch."""
+    refuse()
     names = ("libasan.so", "libubsan.so")
     command = [compiler()[0], "-print-file-name="]
     found = [
