@@ -329,6 +329,7 @@ def test_compiled_first():
     assert graphs[:2] == [dict.fromkeys(OPS, 0), {"linear": 10, "attention": 2, "norm": 7}]
 
 
+@pytest.mark.skipif(" " in torch.__file__, reason="inductor does not quote the path of PyTorch")
 def test_inductor(monkeypatch):
     """What most people compile with.  It looks at what torch.empty does: no poison here."""
     monkeypatch.undo()

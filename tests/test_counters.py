@@ -32,7 +32,6 @@ def run(tmp_path):
     def go(said="", code=0, installed=True):
         (tmp_path / "page.csv").write_text(PAGE)
         script = (
-            f"#!{sys.executable}\n"
             "import pathlib, sys\n"
             f"here = pathlib.Path({str(tmp_path)!r})\n"
             "with (here / 'asked').open('a') as file: file.write(' '.join(sys.argv[1:]) + '\\n')\n"
@@ -42,7 +41,11 @@ def run(tmp_path):
             "raise SystemExit(code)\n"
         )
         if installed:
-            (tmp_path / "ncu").write_text(script)
+            (tmp_path / "ncu.py").write_text(
+                script
+            )  # whose interpreter may have a space in its path
+            call = f"exec '{sys.executable}' '{tmp_path / 'ncu.py'}' \"$@\""
+            (tmp_path / "ncu").write_text(f"#!/bin/sh\n{call}\n")
             (tmp_path / "ncu").chmod(0o755)
         done = subprocess.run(
             [sys.executable, "-m", "reeltime.bench.counters", "--out", str(tmp_path)],

@@ -284,7 +284,7 @@ class Replacement:
         inputs = (query, key, value, attn_mask)
         why = not_inference(inputs, dropout_p)
         if why is not None:
-            left(self.place.number, why)
+            left(self.place.number, why, torch.compiler.is_compiling())
             return pytorch(*inputs, dropout_p, is_causal, scale, enable_gqa)
         call = _attention if backends.unwatched(query) else _OP
         return call(
@@ -307,16 +307,16 @@ def not_inference(inputs: Inputs, dropout: float) -> str | None:
             continue
         if not isinstance(x, Tensor):
             return "not tensors"
-        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if x.requires_grad and torch.is_grad_enabled() and not sites.exporting():
             return "a gradient is wanted"
         if x.is_nested or (type(x) is not Tensor and is_traceable_wrapper_subclass(x)):
             return "a nested tensor" if x.is_nested else type(x).__name__
     return None
 
 
-def left(number: int, why: str) -> None:
+def left(number: int, why: str, compiling: bool) -> None:
     """A call that is PyTorch's.  While compiling, it is one for all that the graph will make."""
-    compiled = ", in a compiled graph" * torch.compiler.is_compiling()
+    compiled = ", in a compiled graph" * compiling
     sites.count(number, "attention", f"left: {why}{compiled}")
 
 

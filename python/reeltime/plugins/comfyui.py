@@ -90,7 +90,7 @@ class Override:
         scale, gqa = kwargs.get("scale"), kwargs.get("enable_gqa", False)
         why = why or self._unserved(inputs, scale, gqa)
         if why is not None:
-            _leave(self.replacement.place.number, why)
+            _leave(self.replacement.place.number, why, torch.compiler.is_compiling())
             return original(
                 q, k, v, heads, mask=mask, attn_precision=attn_precision,
                 skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs,
@@ -135,8 +135,8 @@ def _operands(
     return (q, k, v, mask), None
 
 
-def _leave(number: int, why: str) -> None:
-    attention.left(number, why)
+def _leave(number: int, why: str, compiling: bool) -> None:
+    attention.left(number, why, compiling)
     if (number, why) not in _warned:
         _warned.add((number, why))
         logging.getLogger(__name__).warning("ComfyUI's own attention serves calls: %s", why)

@@ -167,7 +167,7 @@ def _unfit(given: list[Any]) -> str | None:
             return "not a floating-point tensor"
         if one.device != x.device:
             return "not all on one device"
-        if one.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if one.requires_grad and torch.is_grad_enabled() and not sites.exporting():
             return "a gradient is wanted"
     if x.dim() < 2 or not x.numel():
         return "x has no rows"

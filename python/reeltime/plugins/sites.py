@@ -68,3 +68,13 @@ def count(number: int, kind: str, what: str) -> None:
     if site is not None:
         with _lock:
             site.calls[what if site.kind == kind else f"{kind}: {what}"] += 1
+
+
+def exporting() -> bool:
+    """Whether a graph is being exported.  PyTorch's own answer is yes in every compiled function
+    before 2.12, so its flag is read, at the making of the graph."""
+    return torch.compiler._is_exporting_flag
+
+
+# As torch.compiler.assume_constant_result does, which would import dynamo, for a second
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
