@@ -62,6 +62,9 @@ def of(library, families=backends.FAMILIES, *, asked=True):
 NEED_A_GPU = {"torch scaled_mm 1x128, 128x128", "torch sdpa cudnn", "torch sdpa efficient"}
 
 
+ONE_SCALE = "only supports per-tensor scaling for CPU"  # PyTorch before 2.12
+
+
 @pytest.mark.parametrize("asked", [False, True], ids=["always", "asked"])
 def test_peers_of_torch_are_right(asked):
     found = of("torch", asked=asked)
@@ -70,6 +73,8 @@ def test_peers_of_torch_are_right(asked):
         row = measure(case, peer)
         if peer.name in NEED_A_GPU:
             assert "wrong" not in row.error
+            continue
+        if ONE_SCALE in (row.error or ""):
             continue
         assert row.error is None, (row.label, row.error)
         assert (row.relative_l1 is None) == (peer.judge is None)
@@ -85,6 +90,8 @@ def test_ours_and_peers_are_held_to_the_same_product():
     case = next(c for c in harness.cases("gemm_w8a8", TINY) if c.dtype == "fp8")
     found = harness.Run(CPU, print).rows(case, "reference")
     by_row = next(row for row in found if row.backend == "torch._scaled_mm row-wise")
+    if ONE_SCALE in (by_row.error or ""):
+        pytest.skip(f"torch._scaled_mm {ONE_SCALE}")
     ours = found[-1]
     assert ours.relative_l1 == pytest.approx(by_row.relative_l1, rel=0.1)
     assert ours.peer_relative_l1 < 0.1 * ours.relative_l1  # bf16, on a CPU
@@ -140,7 +147,9 @@ def test_a_peer_that_writes_into_its_inputs_is_judged_by_fresh_ones():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if triton.__version__ < "3.7" and np.__version__ >= "2.4":
+        pytest.skip("Triton issue 9171: its interpreter, which is repaired for our kernels alone")
     if torch.cuda.is_available():
         pytest.skip("Triton compiles here")
     from triton.runtime import interpreter

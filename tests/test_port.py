@@ -248,6 +248,8 @@ def parts(tmp_path_factory) -> dict:
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=environment
     )
+    if "Cannot decode architecture" in done.stderr:  # that of a card which is not in the table
+        pytest.skip("the nvdisasm that this Triton brings does not know SM121")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

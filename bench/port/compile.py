@@ -172,8 +172,10 @@ def extension(target: str) -> dict[str, dict[str, Any]]:
     """Every CUDA kernel that reeltime._C holds for an nvcc target such as 90a, by symbol."""
     found: dict[str, dict[str, Any]] = {}
     listed = re.findall(r"ELF file\s+\d+: (\S+)", tool("cuobjdump", "--list-elf", _C.__file__))
+    # cuobjdump before CUDA 13 does not say the letter of 90a; no target is built both ways.
+    ends = f".sm_{target}.cubin", f".sm_{target.rstrip('a')}.cubin"
     with tempfile.TemporaryDirectory() as folder:
-        for name in {name for name in listed if name.endswith(f".sm_{target}.cubin")}:
+        for name in {name for name in listed if name.endswith(ends)}:
             tool("cuobjdump", "--extract-elf", name, _C.__file__, cwd=folder)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             found.update(inspect(cubin.read_bytes()))
