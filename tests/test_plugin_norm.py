@@ -15,10 +15,11 @@ from torch.nn.functional import dropout
 
 import reeltime
 from reeltime.arch import UnsupportedArchError
-from reeltime.backends import TABLE
+from reeltime.backends import TABLE, no_kernel
 from reeltime.checks import accuracy
+from reeltime.norm.api import NORM
 from reeltime.plugins import known_norms
-from reeltime.plugins.norm import _OP, FEW, _dtype, _fused, _unserved
+from reeltime.plugins.norm import _OP, FEW, _dtype, _fused
 
 C = 16
 HALVES = (torch.bfloat16, torch.float16)
@@ -523,11 +524,11 @@ def test_weight_that_is_broadcast_is_pytorchs():
 def test_reference_is_no_kernel_of_a_gpu():
     x = torch.empty(0, 0, C, dtype=torch.float64)
     args = (x, "layer", None, None, None, None, 1.0)
-    assert _unserved("auto", "reference", torch.device("mps"), args) == "no kernel for mps"
-    assert _unserved("auto", "reference", torch.device("cpu"), args) is None
-    assert _unserved("reference", "reference", torch.device("mps"), args) is None
+    assert no_kernel(NORM, "auto", "reference", torch.device("mps"), args) == "no kernel for mps"
+    assert no_kernel(NORM, "auto", "reference", torch.device("cpu"), args) is None
+    assert no_kernel(NORM, "reference", "reference", torch.device("mps"), args) is None
     if any(row.runs_on(torch.device("cuda")) for row in TABLE if row.backend == "triton"):
-        why = _unserved("auto", "reference", torch.device("cuda"), args)
+        why = no_kernel(NORM, "auto", "reference", torch.device("cuda"), args)
         assert "float64" in why
 
 

@@ -96,6 +96,20 @@ def resolve(
     )
 
 
+def no_kernel(
+    op: Op, backend: str, chosen: str, device: torch.device, args: tuple[Any, ...]
+) -> str | None:
+    """Why `backend` resolved to the reference where kernels are: for who then has better code.
+
+    None on a CPU, where the reference serves, and if it was asked for.
+    """
+    if chosen != "reference" or backend != "auto" or device.type == "cpu":
+        return None
+    rows = [r for r in TABLE if r.family == op.family and r.backend != "reference"]
+    reasons = [op.refuses(row.backend, device, args) for row in rows if row.runs_on(device)]
+    return next(filter(None, reasons), f"no kernel for {device.type}")
+
+
 def support_matrix() -> list[dict[str, object]]:
     """One row per family and backend: family, backend, available, why."""
     rows: list[dict[str, object]] = []

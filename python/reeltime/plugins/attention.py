@@ -209,7 +209,7 @@ def choose(
         op = ATTENTION
         args = (*rows, mask, sm_scale, "top_left" if causal else None, qk, pv, "block", False)
     chosen = backends.resolve(op.family, backend, q.device, op, args)
-    return why_not(op, backend, chosen, q.device, args) or (op, chosen, args)
+    return backends.no_kernel(op, backend, chosen, q.device, args) or (op, chosen, args)
 
 
 def _is_sparse(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, keep: float) -> bool:
@@ -232,20 +232,6 @@ def _means(x: Tensor, size: int) -> Tensor:
     if blocks * size == x.shape[1]:
         return means
     return torch.cat([means, x[:, blocks * size :].mean(1, keepdim=True, dtype=wide)], 1)
-
-
-def why_not(
-    op: Op, backend: str, chosen: str, device: torch.device, args: tuple[Any, ...]
-) -> str | None:
-    """Why PyTorch's own code is better than what would serve: on a GPU the reference is no kernel.
-
-    An explicit backend is what was asked for.
-    """
-    if chosen != "reference" or backend != "auto" or device.type in ("cpu", "meta"):
-        return None
-    kernels = [r for r in backends.TABLE if r.family == op.family and r.backend != "reference"]
-    reasons = [op.refuses(r.backend, device, args) for r in kernels if r.runs_on(device)]
-    return reasons[-1] if reasons else f"no kernel for {device.type}"
 
 
 # --- In place of PyTorch's ----------------------------------------------------------------------

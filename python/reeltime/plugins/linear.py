@@ -44,7 +44,7 @@ def _linear(
     # Not by the public call: on a CPU it refuses NaN, which a model must hand on as it came.
     args = (codes, weight, scale, weight_scale, bias, None, None, 1, "none", out_dtype)
     chosen = backends.resolve("gemm_w8a8", backend, x.device, gemm.GEMM, args)
-    why = _why_not(backend, chosen, x.device, args)
+    why = backends.no_kernel(gemm.GEMM, backend, chosen, x.device, args)
     if why is None:
         y = gemm.GEMM.run(chosen, x.device, *args).view(*x.shape[:-1], weight.shape[0])
         sites.count(site, "linear", chosen)
@@ -61,20 +61,6 @@ def _check(x: Tensor, weight: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != inputs:
             checks.fail("x", f"shape [..., {inputs}]", list(x.shape), "Pass what the layer takes.")
         checks.device("x", x, weight, "the layer")
-
-
-def _why_not(backend: str, chosen: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
-    """Why PyTorch's own code is better than what would serve: on a GPU the reference is no kernel.
-
-    An explicit backend is what was asked for.
-    """
-    if chosen != "reference" or backend != "auto" or device.type == "cpu":
-        return None
-    for row in backends.TABLE:
-        if row.family == "gemm_w8a8" and row.backend != "reference" and row.runs_on(device):
-            if why := gemm.GEMM.refuses(row.backend, device, args):
-                return why
-    return f"no kernel for {device.type}"
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -299,7 +285,7 @@ def _change(
     scale = torch.empty(scale_shape(0, inputs, 1), device=weight.device)
     args = (a, a, scale, scale, None, None, None, 1, "none", weight.dtype)
     backend = backends.resolve("gemm_w8a8", scope.backend, weight.device, gemm.GEMM, args)
-    if why := _why_not(scope.backend, backend, weight.device, args):
+    if why := backends.no_kernel(gemm.GEMM, scope.backend, backend, weight.device, args):
         return Left(uncompiled(found[0]), "linear", why)
     place = scope.place(found[0], "linear")
     scales = scale_shape(outputs, inputs, BLOCK)

@@ -76,21 +76,10 @@ def _norm(
         rows = rows.contiguous()
     args = (rows, kind, weight, bias, scale, shift, eps)
     chosen = backends.resolve("norm", backend, x.device, NORM, args)
-    why = _unserved(backend, chosen, x.device, args)
+    why = backends.no_kernel(NORM, backend, chosen, x.device, args)
     y = NORM.run(chosen, x.device, *args)
     sites.count(site, "norm", f"left: {why}" if why else chosen)
     return y.view(x.shape).to(dtype)
-
-
-def _unserved(backend: str, chosen: str, device: torch.device, args: tuple[Any, ...]) -> str | None:
-    """Why no kernel serves a device that is no CPU: the reference, PyTorch's own code, is none."""
-    if chosen != "reference" or backend != "auto" or device.type == "cpu":
-        return None
-    for row in backends.TABLE:
-        if row.family == "norm" and row.backend != "reference" and row.runs_on(device):
-            if why := NORM.refuses(row.backend, device, args):
-                return why
-    return f"no kernel for {device.type}"
 
 
 backends.LIBRARY.define(
@@ -308,7 +297,7 @@ def _change(model: nn.Module, module: nn.Module, path: str, scope: Scope) -> Cha
     weight, bias = (getattr(module, name, None) for name in known_norms.HELD)
     args = (like.new_empty((0, 0, width)), norm.kind, weight, bias, None, None, 1.0)
     backend = backends.resolve("norm", scope.backend, like.device, NORM, args)
-    if why := _unserved(scope.backend, backend, like.device, args):
+    if why := backends.no_kernel(NORM, scope.backend, backend, like.device, args):
         return Left(path, "norm", why)
     place = scope.place(path, "norm")
     return SwapClass(
