@@ -192,6 +192,9 @@ def test_place_that_changed_twice_counts_by_kind():
         ({"backend": "gpu"}, "backend: expected 'auto'"),
         ({"sla": 0.0}, r"sla: expected a share of the key blocks in \(0, 1\], got 0.0"),
         ({"skip": "head"}, r"skip: expected a list of patterns, got 'head'. Pass \[pattern\]"),
+        ({"sla": "0.1"}, r"sla: expected a share of the key blocks in \(0, 1\], got '0.1'"),
+        ({"skip": None}, "skip: expected a list of patterns, got None"),
+        ({"skip": [0]}, "skip: expected patterns of names, got 0"),
         ({"skip": ["*"]}, r"got Net with none \(blocks.0.up: skip: \*; "),
     ],
     ids=str,
@@ -211,6 +214,13 @@ def test_only_modules_are_accelerated():
         accelerate(nn.Sequential(nn.GELU()))
     with pytest.raises(ValueError, match=r"got Net with none \(blocks.0.up: skip"):
         accelerate(torch.compile(net()), skip=["*"])
+
+
+def test_skip_that_names_nothing_is_said():
+    report = accelerate(net(), skip=["block.0.*", "head", "*embed*"])
+    assert [tuple(left) for left in report.left if left.kind == "skip"] == [
+        ("block.0.*", "skip", "no module has such a name")
+    ]
 
 
 def test_skip_adds_to_what_is_sensitive():
@@ -527,7 +537,7 @@ def test_two_models_and_a_copy_count_apart_when_compiled():
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-def test_exported_program_counts(strict):
+def test_exported_program_counts(strict, monkeypatch):
     model, x = net(), tokens()
     report = accelerate(model)
     want = model(x)
@@ -536,6 +546,10 @@ def test_exported_program_counts(strict):
     assert report.calls() == {path: {} for path in PLACES}  # nothing has run yet
     assert str(program.graph).count("reeltime.plugin_linear") == 6
     torch.testing.assert_close(program.module()(x), want)
+    assert report.calls()[""] == {"linear: reference": 6}
+    with monkeypatch.context() as elsewhere:  # another process, whose models have these numbers
+        elsewhere.setattr(sites, "PROCESS", sites.PROCESS + (1 << 32))
+        torch.testing.assert_close(program.module()(x), want)
     assert report.calls()[""] == {"linear: reference": 6}
     del model, report
     gc.collect()

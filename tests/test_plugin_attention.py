@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 from reeltime import backends, checks, sla
@@ -190,6 +191,16 @@ def test_a_gradient_is_pytorchs():
     with torch.no_grad():
         ours(*tensors)
     assert dict(ours.calls) == {"left: a gradient is wanted": 1, "reference": 1}
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_a_tangent_is_pytorchs(grad):
+    ours, tensors, directions = make(), tuple(qkv()), tuple(qkv(seed=1))
+    with sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(grad):
+        want = torch.func.jvp(F.scaled_dot_product_attention, tensors, directions)
+        got = torch.func.jvp(ours, tensors, directions)
+    assert all(map(torch.equal, got, want))
+    assert dict(ours.calls) == {"left: a tangent is wanted": 1}
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -529,6 +540,28 @@ def test_what_is_skipped_replaced_or_accelerated_stays():
         assert lefts(model)["blocks.2.attn"] == "accelerated already"
         model(X)
         assert report.calls() == {"blocks.2.attn": {"reference": 1}}
+
+
+class Generator(Direct):
+    def forward(self, x):
+        yield super().forward(x)
+
+
+class Coroutine(Direct):
+    async def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Generator, Coroutine])
+def test_a_forward_that_runs_later_stays(kind):
+    why = lefts(model_of(kind, 1))["blocks.0.attn"]
+    assert why.startswith("its forward is a generator or a coroutine")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_scripted_module_is_passed_over():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(16, 16)))
+    assert list(lefts(nn.ModuleList([scripted, nn.Linear(16, 16)]))) == [""]
 
 
 def test_what_holds_a_skipped_module_stays():

@@ -138,6 +138,16 @@ def test_gradient_is_straight_through():
     assert new.weight_codes.grad is None
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_tangent_is_straight_through(grad):
+    new, report = accelerated(linear())
+    x, direction = normal(3, K), normal(3, K, seed=5)
+    with torch.set_grad_enabled(grad):
+        _, got = torch.func.jvp(new, (x,), (direction,))
+    torch.testing.assert_close(got, direction @ new.weight.T)
+    assert report.calls() == {"0": {"left: a tangent is wanted": 1}}
+
+
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_autocast_gives_the_dtype_that_it_would(dtype, amp):
@@ -151,6 +161,18 @@ def test_autocast_gives_the_dtype_that_it_would(dtype, amp):
     with torch.autocast("cpu", amp):  # and so has the gradient that of x
         new(x.requires_grad_()).sum().backward()
     assert x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_not_for_a_product_of_codes(amp):
+    """128 * 127 * 127 is no float16, and no bfloat16 without rounding."""
+    new, _ = accelerated(nn.Linear(K, N, bias=False))
+    new.weight_codes.fill_(127)
+    x = normal(3, K).abs()
+    with torch.no_grad():
+        want = new(x).to(amp)
+        with torch.autocast("cpu", amp):
+            assert torch.equal(new(x), want)
 
 
 def test_what_does_not_fit_is_refused_in_every_mode():
@@ -333,7 +355,25 @@ def tied():
     return nn.ModuleList([head, embedding])
 
 
+class Listed(nn.Module):
+    """Reaches its layer by a list, where nothing could stand in its stead."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.layers = [self.layer]
+
+
+class Bound(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        self.call = self.layer.forward
+
+
 LEFT = {
+    "in a list or the like": Listed,
+    "a method of it is": Bound,
     "OwnForward is a class of its own": lambda: OwnForward(16, 16),
     "parametrised": lambda: parametrizations.weight_norm(nn.Linear(16, 16)),
     "computed by a hook": lambda: spectral_norm(nn.Linear(16, 16)),

@@ -532,6 +532,14 @@ def test_reference_is_no_kernel_of_a_gpu():
         assert "float64" in why
 
 
+def test_tangent_is_pytorchs():
+    old, new, report = pair(filled(nn.RMSNorm(C)))
+    given = (normal(2, 5, C),), (normal(2, 5, C, seed=1),)
+    with torch.no_grad():
+        assert all(map(torch.equal, torch.func.jvp(new, *given), torch.func.jvp(old, *given)))
+    assert report.calls()["0"] == {"left: a tangent is wanted": 1}
+
+
 def test_gradient_of_a_weight_is_pytorchs():
     old, new, report = pair(filled(nn.RMSNorm(C)))
     for one in (old, new):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -24,6 +24,7 @@ from reeltime.plugins import attention as attentions
 from reeltime.plugins import linear as linears
 from reeltime.plugins import norm as norms
 from reeltime.plugins.changes import COMPILED, Change, Left, uncompiled
+from reeltime.plugins.sdpa import check_share
 from reeltime.plugins.sites import Place, Site
 from reeltime.quant.api import FORMATS
 
@@ -236,14 +237,20 @@ def accelerate(
         ("backend", backend, BACKENDS),
     ):
         checks.choice(name, value, allowed)
-    if sla is not None and not 0 < sla <= 1:
-        checks.fail("sla", "a share of the key blocks in (0, 1]", sla, "Pass 0.1 for a tenth.")
-    if isinstance(skip, str):
+    check_share("sla", sla)
+    if isinstance(skip, str) or not isinstance(skip, Iterable):
         checks.fail("skip", "a list of patterns", repr(skip), "Pass [pattern].")
+    skip = tuple(skip)
+    if strange := [one for one in skip if not isinstance(one, str)]:
+        checks.fail("skip", "patterns of names", repr(strange[0]), "Pass names of modules.")
     model = getattr(model, COMPILED, model)
-    scope = Scope(backend, tuple(skip), undoable, Site("", "model"))
+    scope = Scope(backend, skip, undoable, Site("", "model"))
     changes: list[Change] = []
     left: list[Left] = []
+    names = [uncompiled(path) for path, _ in model.named_modules(remove_duplicate=False)]
+    for pattern in scope.skip:
+        if pattern not in SENSITIVE and not any(fnmatch(name, pattern) for name in names):
+            left.append(Left(pattern, "skip", "no module has such a name"))
     for found in _find(model, scope, linear, attention, norm, sla):
         if isinstance(found, Change):
             changes.append(found)

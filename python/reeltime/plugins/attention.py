@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import sys
 from collections import Counter
@@ -116,7 +117,7 @@ def _attention(
     if why is not None:
         sites.count(site, "attention", f"left: {why}")
         return pytorch(q, k, v, mask, 0.0, causal, scale, gqa).contiguous()
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         chosen = choose(q, k, v, mask, scale, causal, qk, pv, keep, backend)
         if isinstance(chosen, str):
             what = f"left: {chosen}"
@@ -174,8 +175,8 @@ def _head_major(y: Tensor, q: Tensor) -> Tensor:
     return y if q.dim() == 4 else y.squeeze(0)
 
 
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The inputs have the dtype that autocast wants; what is computed from them is not its."""
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What is computed inside an op is not autocast's: a product of codes overflows in float16."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
@@ -288,6 +289,8 @@ def not_inference(inputs: Inputs, dropout: float) -> str | None:
     plain ones.  An exported graph is for inference."""
     if dropout:
         return "dropout"
+    if sites.tangents():
+        return "a tangent is wanted"
     for x in inputs:
         if x is None:
             continue
@@ -387,6 +390,7 @@ def find(
 
 
 MULTIHEAD = nn.MultiheadAttention
+LAZY = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 # Of diffusers' backends, those that call scaled_dot_product_attention.
 NATIVE = {"native", *(f"_native_{name}" for name in ("cudnn", "efficient", "flash", "math"))}
 
@@ -398,6 +402,8 @@ def _stays(path: str, module: nn.Module, marker: str, scope: Scope) -> str | Non
         return f"skip: {pattern}"
     if "forward" in vars(module):
         return "its forward was replaced, as offloading does: accelerate first"
+    if getattr(getattr(type(module).forward, "__code__", None), "co_flags", 0) & LAZY:
+        return "its forward is a generator or a coroutine: it would run when the mode is left"
     if marker == "ALL_ATTENTION_FUNCTIONS":
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
         if implementation != "sdpa":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from reeltime import backends, checks, quant
 from reeltime.gemm_w8a8 import api as gemm
 from reeltime.plugins import sites
+from reeltime.plugins.attention import no_autocast
 from reeltime.plugins.changes import COMPILED, Change, Left, SwapModule, uncompiled
 from reeltime.plugins.sites import Place
 from reeltime.quant.api import FORMATS, scale_shape
@@ -46,7 +48,8 @@ def _linear(
     chosen = backends.resolve("gemm_w8a8", backend, x.device, gemm.GEMM, args)
     why = backends.no_kernel(gemm.GEMM, backend, chosen, x.device, args)
     if why is None:
-        y = gemm.GEMM.run(chosen, x.device, *args).view(*x.shape[:-1], weight.shape[0])
+        with no_autocast(x.device):
+            y = gemm.GEMM.run(chosen, x.device, *args).view(*x.shape[:-1], weight.shape[0])
         sites.count(site, "linear", chosen)
         return y
     wide = quant.dequantize(weight, weight_scale, block_rows=BLOCK, dtype=out_dtype)
@@ -92,6 +95,15 @@ torch.library.register_autograd(
     "reeltime::plugin_linear", _backward, setup_context=_save, lib=backends.LIBRARY
 )
 _OP = torch.ops.reeltime.plugin_linear.default
+
+
+def _left(number: int, why: str) -> None:
+    """PyTorch's own code runs.  In a compiled graph that is decided, and counted, at its making."""
+    sites.count(number, "linear", f"left: {why}")
+
+
+# As torch.compiler.assume_constant_result does, which would import dynamo, for a second
+_left._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- The layer ----------------------------------------------------------------------------------
@@ -168,6 +180,11 @@ class Linear8(nn.Module):
             dtype = torch.get_autocast_dtype(device)
         elif x.dtype != dtype:
             checks.dtype("x", x, (dtype,))
+        if sites.tangents():  # straight through, as the gradient
+            _left(self.place.number, "a tangent is wanted")
+            eight = self.weight_codes, self.weight_scale
+            weight = quant.dequantize(*eight, block_rows=BLOCK, dtype=dtype)
+            return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
         call = _linear if backends.unwatched(x) else _OP
         return call(
             x, self.weight_codes, self.weight_scale, bias, dtype, self.backend, self.place.number
@@ -212,6 +229,7 @@ class Linear8(nn.Module):
 
 # Read the weights of their layers instead of calling them, at least at times.
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+BARE = nn.Module()
 
 
 def find(model: nn.Module, scope: Scope, format: str) -> Iterator[Change | Left]:
@@ -223,13 +241,28 @@ def find(model: nn.Module, scope: Scope, format: str) -> Iterator[Change | Left]
             readers.append((f"{path}." if path else "", type(module).__name__))
         if isinstance(module, (nn.Linear, Linear8)):
             paths.setdefault(module, []).append(path)
+    elsewhere = set(_elsewhere(model))
     users = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     for module, found in paths.items():
         why = _stands_in(found, readers, scope) or _is(module, users)
+        if why is None and module in elsewhere:
+            why = "it is also in a list or the like, or a method of it is, which would keep it"
         if why is not None:
             yield Left(uncompiled(found[0]), "linear", why)
         else:
             yield _change(model, cast(nn.Linear, module), found, scope, format)
+
+
+def _elsewhere(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that their owners also reach otherwise than by name, where none is put instead."""
+    for owner in model.modules():
+        for name in vars(owner).keys() - vars(BARE).keys():
+            held = vars(owner)[name]
+            values = held.values() if isinstance(held, dict) else held
+            for one in values if isinstance(held, (dict, list, tuple)) else (held,):
+                one = one.__self__ if isinstance(one, MethodType) else one
+                if isinstance(one, nn.Module):
+                    yield one
 
 
 def _stands_in(found: list[str], readers: list[tuple[str, str]], scope: Scope) -> str | None:

@@ -151,6 +151,8 @@ def _fused(
 
 def _unfit(given: list[Any]) -> str | None:
     x = given[0]
+    if sites.tangents():
+        return "a tangent is wanted"
     for one in given:
         if not isinstance(one, Tensor) or one.dtype not in checks.FLOATS or one.is_nested:
             return "not a floating-point tensor"

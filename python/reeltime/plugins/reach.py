@@ -21,7 +21,7 @@ DEPTH = 3  # calls between forward and the marker: forward, a processor, a funct
 
 def marker(module: nn.Module) -> str | None:
     """Which of MARKERS the forward of `module` reaches."""
-    reached: list[tuple[Any, list[Any]]] = [(type(module).forward, [module])]
+    reached: list[tuple[Any, list[Any]]] = [(getattr(type(module), "forward", None), [module])]
     seen: set[CodeType] = set()
     for _ in range(DEPTH + 1):
         further: list[tuple[Any, list[Any]]] = []

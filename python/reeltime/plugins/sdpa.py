@@ -42,8 +42,10 @@ def make(
 
 
 def check_share(name: str, share: float | None) -> None:
-    if share is not None and not 0 < share <= 1:
-        checks.fail(name, "a share of the key blocks in (0, 1]", share, "Pass 0.1 for a tenth.")
+    if share is not None and not (isinstance(share, (int, float)) and 0 < share <= 1):
+        checks.fail(
+            name, "a share of the key blocks in (0, 1]", repr(share), "Pass 0.1 for a tenth."
+        )
 
 
 INT8 = make()

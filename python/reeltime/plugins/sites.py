@@ -13,6 +13,7 @@ there a place gives the number of its model instead of its own.
 from __future__ import annotations
 
 import itertools
+import secrets
 import threading
 import weakref
 from collections import Counter
@@ -22,6 +23,7 @@ import torch
 
 _numbers = itertools.count(1)
 _lock = threading.Lock()
+PROCESS = secrets.randbits(30) + 1 << 32  # a graph that is exported may run in another
 
 
 @dataclass(eq=False)
@@ -59,12 +61,14 @@ class Place:
 
     @property
     def number(self) -> int:
+        if exporting():
+            return self.model.number + PROCESS
         return self.model.number if torch.compiler.is_compiling() else self.site.number
 
 
 def count(number: int, kind: str, what: str) -> None:
     """One call.  A number of another process, as an exported graph may hold, is nobody's."""
-    site = _sites.get(number)
+    site = _sites.get(number - PROCESS if number >> 32 else number)
     if site is not None:
         with _lock:
             site.calls[what if site.kind == kind else f"{kind}: {what}"] += 1
@@ -76,5 +80,12 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def tangents() -> bool:
+    """Whether forward-mode derivatives may be wanted, also under no_grad: no op of ours has one,
+    and PyTorch would drop them in silence.  Compiled graphs are guarded by this level."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 # As torch.compiler.assume_constant_result does, which would import dynamo, for a second
+tangents._dynamo_marked_constant = True  # type: ignore[attr-defined]
 exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
