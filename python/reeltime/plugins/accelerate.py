@@ -207,7 +207,8 @@ def accelerate(
     Works before and after torch.compile, and before torch.export; state_dict() holds the 8-bit
     weights, and load_state_dict() takes those or the original ones.  Call it before hooks that
     offload are set.  Where it fails, it changes nothing; no other model is touched, nothing global
-    is patched.  Not while another thread runs the model.
+    is patched.  Not while another thread runs the model.  An accelerated model cannot be pickled
+    (keep its state_dict, or undo first), and its linear layers keep the dtype that undo() restores.
 
     Args:
         model: any module; torch.compile's wrapper is looked through.
