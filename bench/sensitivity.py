@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -91,6 +92,17 @@ def _plain(output: Any) -> Any:
     return dict(output) if isinstance(output, Mapping) else output
 
 
+@contextmanager
+def theirs(what: str) -> Iterator[None]:
+    """Inside, an exception is of the user's code."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"model: {what} raised {type(error).__name__}: {error}") from error
+
+
 def load(spec: str) -> Subject:
     """The subject that `package.module:factory` makes.
 
@@ -111,11 +123,13 @@ def load(spec: str) -> Subject:
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
             raise
-        checks.fail("model", what, f"{spec!r}, and there is no module {error.name}", "Is its folder the working folder, or installed?")  # fmt: skip  # noqa: E501
+        got = f"{spec!r}, and there is no module {error.name}"
+        checks.fail("model", what, got, "Is its folder the working folder, or installed?")
     make = getattr(module, factory, None)
     if not callable(make):
         checks.fail("model", what, f"{spec!r}, and {name} has no function {factory}", "Add one.")
-    made = make()
+    with theirs(spec):
+        made = make()
     if not (
         isinstance(made, tuple)
         and len(made) == 2
@@ -140,24 +154,25 @@ def reference(subject: Subject) -> Tensor:
     Raises:
         ValueError: two runs differ, or it is not finite.
     """
-    want, again = subject.run(), subject.run()
+    with theirs("its forward"):
+        want, again = subject.run(), subject.run()
     if not bool(want.isfinite().all()):
         checks.fail("model", "finite outputs", "NaN or Inf", "Pass inputs that it can take.")
     if not torch.equal(want, again):
+        apart = checks.accuracy(again, want).relative_l1
         checks.fail(
-            "model", "the same output twice, seeded", f"two that differ by {checks.accuracy(again, want).relative_l1:.1e}",  # noqa: E501
+            "model",
+            "the same output twice, seeded",
+            f"two that differ by {apart:.1e}",
             "Take out what depends on earlier calls or on time.",
-        )  # fmt: skip
+        )
     return want
 
 
 def survey(subject: Subject, **options: Any) -> Report:
     """Every place that could be changed, none left out; the model is as it was afterwards."""
-    report = accelerate(subject.model, skip=(), **options)
-    report_changes = list(report.changes)
-    report.undo()
-    report.changes = report_changes
-    return report
+    with accelerate(subject.model, skip=(), **options) as report:
+        return report
 
 
 def layers(subject: Subject, report: Report, want: Tensor) -> Iterator[Layer]:

@@ -122,6 +122,8 @@ def factory(tmp_path, monkeypatch):
         "    return Forgetful(), (torch.ones(1, 2, 32),)\n"
         "def odd():\n    return made.Net()\n"
         "def plain():\n    return torch.nn.ReLU(), {'input': torch.ones(3)}\n"
+        "def broken():\n    return {}['weights']\n"
+        "def unfit():\n    return made.Net(), (torch.ones(1, 2, 5),)\n"
         "thing = 3\n"
     )
     (tmp_path / f"{FACTORY}.py").write_text(source)
@@ -174,6 +176,8 @@ def test_table(factory, capsys):
         (["--model", "no_colon"], ["package.module:factory"]),
         (["--model", FACTORY + ":missing"], ["no function missing"]),
         (["--model", FACTORY + ":thing"], ["no function thing"]),
+        (["--model", FACTORY + ":broken"], [":broken raised KeyError: 'weights'"]),
+        (["--model", FACTORY + ":unfit"], ["its forward raised RuntimeError"]),
         (["--model", FACTORY + ":odd"], ["(module, tuple or dict", "Net"]),
         (["--model", FACTORY + ":random"], ["the same output twice"]),
         (["--model", FACTORY + ":plain"], ["got ReLU with none"]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import math
 import sys
 from collections import Counter
@@ -28,6 +27,7 @@ from reeltime.backends import Op
 from reeltime.plugins import reach, sites
 from reeltime.plugins.changes import Change, Left, SwapClass, uncompiled
 from reeltime.plugins.sites import Place
+from reeltime.plugins.source import LAZY
 from reeltime.sla.api import SPARSE_ATTENTION
 
 if TYPE_CHECKING:
@@ -390,7 +390,6 @@ def find(
 
 
 MULTIHEAD = nn.MultiheadAttention
-LAZY = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 # Of diffusers' backends, those that call scaled_dot_product_attention.
 NATIVE = {"native", *(f"_native_{name}" for name in ("cudnn", "efficient", "flash", "math"))}
 

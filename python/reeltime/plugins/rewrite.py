@@ -21,19 +21,15 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-import inspect
 from collections.abc import Iterator
 from types import FunctionType
 from typing import NamedTuple, cast
 
-from reeltime.plugins.source import Definition, Source, recompiled, rewrapped, source_of
+from reeltime.plugins.source import LAZY, Definition, Source, recompiled, rewrapped, source_of
 
 METHOD = "reeltime_modulated"
-FORMS = (
-    "plain",
-    "widened",
-    "float",
-)  # x.float() and .type_as(x) around it; .float() behind the norm
+# As it stands; x.float() and .type_as(x) around it; .float() behind the norm
+FORMS = ("plain", "widened", "float")
 
 # Neither change a tensor nor read what another statement writes.
 VIEWS = frozenset(
@@ -47,7 +43,6 @@ WRAPPERS = {
     ("diffusers.utils.peft_utils", "wrapper"),  # apply_lora_scale
 }
 UNCERTAIN = {"eval", "exec", "locals", "vars"}  # see names that the source does not show
-LAZY = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class Rewritten(NamedTuple):

@@ -16,6 +16,8 @@ from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple, cast
 
 Definition = (ast.FunctionDef, ast.AsyncFunctionDef)
+# A body that runs after the call of its function
+LAZY = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class Source(NamedTuple):
