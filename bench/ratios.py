@@ -51,7 +51,7 @@ def speed(axes: Any, family: str, rows: Sequence[Row]) -> None:
         axes.annotate(note[:60], (max(end, 0.0) + 0.03, at), va="center", fontsize=6.5)
     low, high = math.floor(min(shown, default=0.0)), math.ceil(max(shown, default=0.0))
     ticks = range(low, high + 2)
-    axes.set_xticks(ticks, [f"{2.0**t:g}x" for t in ticks])
+    axes.set_xticks(ticks, [f"{2**t}x" if t >= 0 else f"1/{2**-t}" for t in ticks], fontsize=8)
     axes.set_xlim(low - 0.1, high + 1.0 + 0.3 * (high - low))  # with room for names
     axes.set_yticks(places, [f"{row.label}  {row.backend}" for row in rows], fontsize=6.5)
     axes.axvline(0.0, color="#d1495b", linewidth=0.8)
